@@ -1,0 +1,45 @@
+# The verbs of the project; no logic lives here. `make help` lists them.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SPECS ?= models/smollm2-135m.yaml
+REPOSITORY ?= model_repository
+STAMP := $(VENV)/.setup-stamp
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo engines serve bench test check clean
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
+
+setup: $(STAMP) ## create .venv with everything, exactly pinned
+
+$(STAMP): pyproject.toml client/pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable client --editable '.[build,serve,dev]'
+	@touch $(STAMP)
+
+demo: setup ## the main job: checkpoint -> engines -> tritonserver -> answers -> comparison
+	$(BIN)/enginesmith demo $(SPECS) --repository $(REPOSITORY)
+
+engines: setup ## build and verify every engine of SPECS and publish them
+	$(BIN)/enginesmith build $(SPECS) --publish $(REPOSITORY)
+
+serve: setup ## run tritonserver on the published repository, on 127.0.0.1
+	$(BIN)/enginesmith serve $(REPOSITORY)
+
+bench: setup ## run the benchmarks whose results are committed in benchmarks/results
+	$(BIN)/python benchmarks/run.py
+
+test: setup ## run every test
+	$(BIN)/python -m pytest
+
+check: setup ## formatting, lint, types, generated files
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/enginesmith schema --check docs/spec.schema.json
+
+clean: ## remove what builds and tests left behind (keeps .venv and published models)
+	rm -rf .enginesmith .pytest_cache .mypy_cache .ruff_cache build dist

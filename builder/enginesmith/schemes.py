@@ -1,0 +1,38 @@
+"""Quantization schemes as data: what a variant's ``scheme`` means, independent of any runtime.
+
+A scheme names a ModelOpt recipe and the numbers that describe its result. Runtimes decide in
+``enginesmith.platforms`` whether they can execute it; nothing here imports torch.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+SchemeName = Literal["none", "int8_sq", "int8_wo", "int4_awq", "fp8"]
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """One way to quantize the linear layers of a model."""
+
+    name: SchemeName
+    title: str
+    modelopt_config: str | None
+    """The name of the ModelOpt preset that is the recipe's base, or None for no quantization."""
+    quant_algo: str | None
+    """``quant_algo`` in ModelOpt's ``hf_quant_config.json``."""
+    weight_bits: int
+    activation_bits: int
+    grouped: bool = False
+    """Weights have one scale per group of input channels, so the group size must divide them."""
+
+
+SCHEMES: dict[str, Scheme] = {
+    scheme.name: scheme
+    for scheme in (
+        Scheme("none", "unquantized", None, None, 16, 16),
+        Scheme("int8_sq", "W8A8 SmoothQuant", "INT8_SMOOTHQUANT_CFG", "W8A8_SQ_PER_CHANNEL", 8, 8),
+        Scheme("int8_wo", "INT8 weights only", "INT8_WEIGHT_ONLY_CFG", "W8A16", 8, 16),
+        Scheme("int4_awq", "INT4 AWQ", "INT4_AWQ_CFG", "W4A16_AWQ", 4, 16, grouped=True),
+        Scheme("fp8", "FP8 (E4M3)", "FP8_DEFAULT_CFG", "FP8", 8, 8),
+    )
+}

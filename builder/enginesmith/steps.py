@@ -1,0 +1,117 @@
+"""The kinds of build steps: what decides the result of each, and where its code is.
+
+A step is a function from parameters and input artifacts to a directory. Everything that can change the
+result is known before it runs and goes into its key: the parameters, the keys of its inputs, the versions
+of the distributions it uses and the source of enginesmith's own modules that it runs. The functions live
+in modules that may import torch or onnxruntime, so they are named here as strings and imported only in the
+worker process that runs them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+StepName = Literal["fetch", "quantize", "reference", "lower", "measure", "verify", "package", "rehearse"]
+
+
+class StepContext(Protocol):
+    """What a step function gets. It writes into ``out`` only; inputs are immutable artifacts."""
+
+    @property
+    def params(self) -> Mapping[str, Any]:
+        """The step's parameters: plain JSON values, part of its key."""
+
+    @property
+    def inputs(self) -> Mapping[str, Path]:
+        """The artifact directory of each input, by role. Read only."""
+
+    @property
+    def out(self) -> Path:
+        """An empty directory; it becomes the artifact when the step returns."""
+
+    @property
+    def scratch(self) -> Path:
+        """An empty directory for intermediate files; removed afterwards."""
+
+    def progress(self, fraction: float | None, note: str = "") -> None:
+        """Report progress: ``fraction`` in [0, 1], or None when it is unknown."""
+
+
+class StepFunction(Protocol):
+    """Runs one step. The mapping it returns (plain JSON) is kept with the artifact as its facts."""
+
+    def __call__(self, context: StepContext) -> Mapping[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class StepKind:
+    """One kind of step."""
+
+    name: StepName
+    function: str
+    """``module:function``, a ``StepFunction``."""
+    tools: tuple[str, ...]
+    """Distributions whose installed version is part of the key."""
+    code: tuple[str, ...]
+    """Modules of enginesmith (files or packages) whose source is part of the key."""
+    unkeyed_params: tuple[str, ...] = ()
+    """Parameters that say where to look, not what to make; they stay out of the key."""
+
+
+_TORCH = ("torch", "transformers", "numpy", "tokenizers", "safetensors")
+
+STEP_KINDS: Mapping[StepName, StepKind] = {
+    kind.name: kind
+    for kind in (
+        StepKind(
+            "fetch",
+            "enginesmith.checkpoints.fetch:run",
+            ("torch", "transformers", "gguf", "safetensors", "huggingface-hub"),
+            ("enginesmith.checkpoints",),
+            unkeyed_params=("location",),
+        ),
+        StepKind(
+            "quantize",
+            "enginesmith.quantize:run",
+            (*_TORCH, "nvidia-modelopt"),
+            ("enginesmith.quantize", "enginesmith.corpora", "enginesmith.schemes"),
+            unkeyed_params=("location",),
+        ),
+        StepKind(
+            "reference",
+            "enginesmith.verify.reference:run",
+            (*_TORCH, "nvidia-modelopt"),
+            ("enginesmith.verify.reference", "enginesmith.verify.scores", "enginesmith.corpora"),
+            unkeyed_params=("location",),
+        ),
+        StepKind(
+            "lower",
+            "enginesmith.engines.onnxruntime.lower:run",
+            ("onnx", "onnxruntime", "numpy", "ml-dtypes", "safetensors"),
+            ("enginesmith.engines.onnxruntime", "enginesmith.checkpoints.tensors", "enginesmith.schemes"),
+        ),
+        StepKind(
+            "measure",
+            "enginesmith.verify.measure:run",
+            ("onnxruntime", "numpy", "tokenizers"),
+            ("enginesmith.verify.measure", "enginesmith.verify.scores", "enginesmith.triton.models"),
+        ),
+        StepKind("verify", "enginesmith.verify.gate:run", (), ("enginesmith.verify.gate",)),
+        StepKind(
+            "package",
+            "enginesmith.triton.package:run",
+            ("protobuf", "tritonclient"),
+            ("enginesmith.triton.package", "enginesmith.triton.config", "enginesmith.triton.models"),
+        ),
+        StepKind(
+            "rehearse",
+            "enginesmith.triton.rehearse:run",
+            ("nvidia-pytriton", "tritonclient", "onnxruntime", "numpy", "tokenizers"),
+            ("enginesmith.triton.rehearse", "enginesmith.triton.server"),
+            unkeyed_params=("server",),
+        ),
+    )
+}
