@@ -1,0 +1,166 @@
+"""Tiny random checkpoints of every supported architecture, with a small real tokenizer, for tests.
+
+Weights are drawn wide (standard deviation 0.15) and norms around 1, so that logits differ from token to token
+and a swapped, transposed or unscaled tensor changes them.
+"""
+
+from __future__ import annotations
+
+import json
+import pydoc_data.topics
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+Architecture = Literal["LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"]
+
+VOCAB_SIZE = 512
+END_OF_TEXT = "<|endoftext|>"
+TURN_START = "<|im_start|>"
+TURN_END = "<|im_end|>"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAMA3_ROPE: dict[str, Any] = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+def tiny_checkpoint(
+    directory: Path,
+    *,
+    architecture: Architecture = "LlamaForCausalLM",
+    tied: bool = False,
+    layers: int = 2,
+    hidden: int = 64,
+    intermediate: int = 128,
+    heads: int = 4,
+    kv_heads: int = 2,
+    head_dim: int = 16,
+    rope_scaling: Literal["llama3"] | None = None,
+    sliding_window: int | None = None,
+    qkv_bias: bool = False,
+    seed: int = 0,
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
+    shards: int = 1,
+) -> Path:
+    """``directory``, filled with a random checkpoint in Hugging Face format. The same arguments give the same bytes.
+
+    ``qkv_bias`` adds projection biases to Llama and Qwen3 (theirs include the output projection); Qwen2 always has
+    them on q, k and v, Mistral has none. ``sliding_window`` limits attention in Mistral and, in every layer, Qwen.
+    """
+    import torch
+    import transformers
+
+    config = _config(
+        architecture,
+        tie_word_embeddings=tied,
+        num_hidden_layers=layers,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        rope_parameters=LLAMA3_ROPE if rope_scaling else {"rope_type": "default", "rope_theta": 10000.0},
+        sliding_window=sliding_window,
+        qkv_bias=qkv_bias,
+    )
+    model = getattr(transformers, architecture)(config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(1 + 0.1 * noise if "norm" in name else 0.15 * noise)
+    model.to(getattr(torch, dtype)).save_pretrained(directory)
+    write_tokenizer(directory)
+    if shards > 1:
+        split_into_shards(directory, shards)
+    return directory
+
+
+def write_tokenizer(directory: Path) -> None:
+    """Write ``tokenizer.json``, ``tokenizer_config.json`` and the chat template of a byte-level BPE with 512 tokens."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(_tokenizer_json()),
+        bos_token=TURN_START,
+        eos_token=TURN_END,
+        pad_token=END_OF_TEXT,
+        unk_token=END_OF_TEXT,
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(directory)
+
+
+def split_into_shards(directory: Path, shards: int) -> None:
+    """Replace ``model.safetensors`` by exactly ``shards`` files and an index."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    weight_map: dict[str, str] = {}
+    for number in range(shards):
+        file = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
+        names = sorted(tensors)[number::shards]
+        save_file({name: tensors[name] for name in names}, directory / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(names, file)
+    total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+
+
+def _config(architecture: Architecture, *, sliding_window: int | None, qkv_bias: bool, **shape: Any) -> Any:
+    import transformers
+
+    config_class = getattr(transformers, architecture.removesuffix("ForCausalLM") + "Config")
+    options: dict[str, Any] = {}
+    if architecture == "MistralForCausalLM":
+        options["sliding_window"] = sliding_window
+    elif architecture.startswith("Qwen") and sliding_window is not None:
+        options |= {"use_sliding_window": True, "sliding_window": sliding_window, "max_window_layers": 0}
+    elif sliding_window is not None:
+        raise ValueError(f"{architecture} has no sliding window")
+    if architecture in ("LlamaForCausalLM", "Qwen3ForCausalLM"):
+        options["attention_bias"] = qkv_bias
+    elif qkv_bias and architecture == "MistralForCausalLM":
+        raise ValueError(f"{architecture} has no projection biases")
+    if (
+        architecture == "Qwen2ForCausalLM"
+        and shape["head_dim"] * shape["num_attention_heads"] == shape["hidden_size"]
+    ):
+        del shape["head_dim"]
+    return config_class(
+        **shape,
+        **options,
+        vocab_size=VOCAB_SIZE,
+        max_position_embeddings=1024,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+
+
+@cache
+def _tokenizer_json() -> str:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=[END_OF_TEXT, TURN_START, TURN_END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(pydoc_data.topics.topics.values(), trainer)
+    assert tokenizer.get_vocab_size() == VOCAB_SIZE
+    return tokenizer.to_str()
