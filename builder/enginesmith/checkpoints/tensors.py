@@ -85,6 +85,10 @@ class CheckpointTensors:
         """All tensor names, sorted."""
         return sorted(self._entries)
 
+    def files(self) -> list[Path]:
+        """The safetensors files that hold the tensors, sorted."""
+        return sorted({entry.file for entry in self._entries.values()})
+
     def __contains__(self, name: object) -> bool:
         return name in self._entries
 
