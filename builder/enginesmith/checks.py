@@ -1,0 +1,118 @@
+"""Whether a spec and a checkpoint's ``config.json`` go together, before anyone waits for a build.
+
+Owns what is legal. Called by ``plan`` as soon as a ``config.json`` is at hand and by ``build`` right after fetch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from enginesmith.errors import SourceError, SpecError
+from enginesmith.spec import ModelSpec, Variant
+
+SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+_AWQ_GROUP_SIZES = (32, 64, 128, 256)
+
+
+def read_hf_config(checkpoint: Path) -> dict[str, Any]:
+    """The ``config.json`` of a checkpoint directory.
+
+    Raises:
+        SourceError: it is missing or not a JSON object.
+    """
+    path = checkpoint / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SourceError(
+            f"cannot read {path}: {error}", hint="the checkpoint must be a Hugging Face directory"
+        ) from error
+    if not isinstance(config, dict):
+        raise SourceError(f"{path} must hold a JSON object, seen: {type(config).__name__}")
+    return config
+
+
+def check_legal(spec: ModelSpec, hf_config: Mapping[str, Any]) -> None:
+    """Return if every variant of ``spec`` can be built from a checkpoint with this ``config.json``.
+
+    Raises:
+        SpecError: an unsupported architecture, a length beyond the model's, or a variant that does not fit its layers.
+        SourceError: ``config.json`` lacks a size that every supported architecture has.
+    """
+    _check_architecture(hf_config)
+    _check_lengths(spec, hf_config)
+    sizes = linear_input_sizes(hf_config)
+    for name, variant in spec.variants.items():
+        _check_groups(name, variant, sizes)
+        if variant.lm_head == "scheme" and hf_config.get("tie_word_embeddings", False):
+            raise SpecError(
+                f"variant {name}: lm_head: scheme is not possible, the checkpoint ties lm_head to the embeddings",
+                hint="leave lm_head: none for this model",
+            )
+
+
+def linear_input_sizes(hf_config: Mapping[str, Any]) -> dict[str, int]:
+    """Input channels of each kind of linear layer in a decoder block."""
+    hidden = _size(hf_config, "hidden_size")
+    heads = _size(hf_config, "num_attention_heads")
+    head_dim = hf_config.get("head_dim") or hidden // heads
+    return {
+        "q_proj, k_proj, v_proj, gate_proj, up_proj": hidden,
+        "o_proj": heads * int(head_dim),
+        "down_proj": _size(hf_config, "intermediate_size"),
+    }
+
+
+def _check_architecture(hf_config: Mapping[str, Any]) -> None:
+    seen = hf_config.get("architectures") or []
+    if len(seen) != 1 or seen[0] not in SUPPORTED_ARCHITECTURES:
+        raise SpecError(
+            f"architecture {', '.join(map(str, seen)) or '(none named in config.json)'} is not supported; "
+            f"supported: {', '.join(SUPPORTED_ARCHITECTURES)}",
+            hint="choose a checkpoint of a supported architecture",
+        )
+
+
+def _check_lengths(spec: ModelSpec, hf_config: Mapping[str, Any]) -> None:
+    limit = _size(hf_config, "max_position_embeddings")
+    lengths = {
+        "serving.max_sequence_length": spec.serving.max_sequence_length,
+        "verify.window": spec.verify.window,
+    }
+    for key, length in lengths.items():
+        if length > limit:
+            raise SpecError(
+                f"{key} is {length}, but the model has {limit} positions (max_position_embeddings)",
+                hint=f"set {key} to {limit} or less",
+            )
+
+
+def _check_groups(name: str, variant: Variant, sizes: Mapping[str, int]) -> None:
+    group = variant.effective_group_size
+    if group is None:
+        return
+    misfits = {layer: size for layer, size in sizes.items() if size % group}
+    if misfits:
+        legal = [
+            str(size) for size in _AWQ_GROUP_SIZES if not any(inputs % size for inputs in sizes.values())
+        ]
+        seen = "; ".join(f"{layer} ({size} inputs)" for layer, size in misfits.items())
+        raise SpecError(
+            f"variant {name}: group_size {group} does not divide the input size of {seen}",
+            hint=f"group_size may be {' or '.join(legal)} here"
+            if legal
+            else "no group size fits this model: use another scheme",
+        )
+
+
+def _size(hf_config: Mapping[str, Any], key: str) -> int:
+    value = hf_config.get(key)
+    if not isinstance(value, int) or value < 1:
+        raise SourceError(
+            f"config.json must give {key} as a positive number, seen: {value!r}",
+            hint="the checkpoint is damaged or of another kind",
+        )
+    return value
