@@ -19,6 +19,7 @@ from enginesmith.checkpoints.tensors import (
     CONFIG_FILE,
     INDEX_FILE,
     QUANTIZATION_FILE,
+    SINGLE_FILE,
     CheckpointTensors,
     read_json_object,
 )
@@ -125,7 +126,7 @@ def _converted_pieces(
 
 
 def _is_sharded(tensors: CheckpointTensors) -> bool:
-    return len(tensors.files()) > 1 or (tensors.directory / INDEX_FILE).exists()
+    return tensors.files() != [tensors.directory / SINGLE_FILE]
 
 
 def write_json(path: Path, document: dict[str, Any]) -> None:
