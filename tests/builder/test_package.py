@@ -1,0 +1,126 @@
+"""The package step: what it writes, what it links, what it refuses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from enginesmith.errors import GateError, SourceError, SpecError
+from enginesmith.spec import Serving
+from enginesmith.triton.config import parse_config
+from enginesmith.triton.package import run
+
+
+@dataclass
+class Context:
+    """A step's context without a build."""
+
+    root: Path
+    params: Mapping[str, Any]
+    inputs: dict[str, Path] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("engine", "verdict", "checkpoint"):
+            self.inputs[name] = self.root / name
+            self.inputs[name].mkdir()
+        self.out.mkdir()
+        self.scratch.mkdir()
+
+    @property
+    def out(self) -> Path:
+        return self.root / "out"
+
+    @property
+    def scratch(self) -> Path:
+        return self.root / "scratch"
+
+    def progress(self, fraction: float | None, note: str = "") -> None:
+        pass
+
+
+@pytest.fixture
+def context(tmp_path: Path) -> Context:
+    serving = Serving.model_validate(
+        {"max_batch_size": 4, "max_sequence_length": 64, "default_max_tokens": 9}
+    )
+    params = {
+        "model_name": "tiny-int8",
+        "variant": "int8",
+        "scheme": "int8_wo",
+        "serving": serving.model_dump(mode="json"),
+        "threads": 2,
+    }
+    made = Context(tmp_path, params)
+    for name in ("model.onnx", "exact.onnx", "weights.bin", "engine.json"):
+        (made.inputs["engine"] / name).write_text(name)
+    for name in ("tokenizer.json", "tokenizer_config.json", "model.safetensors"):
+        (made.inputs["checkpoint"] / name).write_text(name)
+    (made.inputs["checkpoint"] / "config.json").write_text(json.dumps({"max_position_embeddings": 64}))
+    verdict(made, passed=True)
+    return made
+
+
+def verdict(context: Context, *, passed: bool) -> None:
+    checks = [{"name": "quality.min_top1_agreement", "measured": 0.5, "limit": 0.6, "passed": passed}]
+    (context.inputs["verdict"] / "verdict.json").write_text(json.dumps({"passed": passed, "checks": checks}))
+
+
+def test_the_package_is_a_complete_model_directory(context: Context) -> None:
+    facts = run(context)
+    model = context.out / "tiny-int8"
+    files = {path.relative_to(model).as_posix() for path in model.rglob("*") if path.is_file()}
+    runtime = {file for file in files if file.endswith(".py")}
+    assert files - runtime == {
+        "config.pbtxt",
+        *(f"1/{name}" for name in ("model.onnx", "weights.bin", "engine.json", "serving.json")),
+        *(f"1/{name}" for name in ("tokenizer.json", "tokenizer_config.json")),
+    }
+    assert {"1/model.py", "1/llm_runtime.py"} <= runtime
+    assert "1/__init__.py" not in runtime
+    assert json.loads((model / "1/serving.json").read_text()) == {
+        "max_sequence_length": 64,
+        "max_prompt_length": 63,
+        "default_max_tokens": 9,
+        "max_batch_size": 4,
+        "threads": 2,
+    }
+    config = parse_config((model / "config.pbtxt").read_text())
+    assert (config.name, config.backend, config.max_batch_size) == ("tiny-int8", "python", 4)
+    assert config.parameters["scheme"].string_value == "int8_wo"
+    assert facts["model_name"] == "tiny-int8"
+    assert facts["package_bytes"] == sum(path.stat().st_size for path in model.rglob("*") if path.is_file())
+
+
+def test_weights_are_linked_and_not_copied(context: Context) -> None:
+    run(context)
+    assert (context.out / "tiny-int8/1/weights.bin").samefile(context.inputs["engine"] / "weights.bin")
+
+
+def test_a_failed_verdict_is_refused_and_names_the_broken_check(context: Context) -> None:
+    verdict(context, passed=False)
+    with pytest.raises(GateError, match=r"did not pass .*quality\.min_top1_agreement"):
+        run(context)
+    assert not any(context.out.iterdir())
+
+
+def test_a_missing_verdict_is_refused(context: Context) -> None:
+    (context.inputs["verdict"] / "verdict.json").unlink()
+    with pytest.raises(GateError, match="no verdict"):
+        run(context)
+
+
+def test_a_sequence_length_beyond_the_models_positions_is_refused(context: Context) -> None:
+    (context.inputs["checkpoint"] / "config.json").write_text(json.dumps({"max_position_embeddings": 63}))
+    with pytest.raises(SpecError, match="max_sequence_length is 64, but the model knows only 63"):
+        run(context)
+
+
+def test_a_checkpoint_without_a_tokenizer_is_refused(context: Context) -> None:
+    (context.inputs["checkpoint"] / "tokenizer.json").unlink()
+    with pytest.raises(SourceError, match=r"tokenizer\.json is missing"):
+        run(context)
