@@ -1,0 +1,1 @@
+"""Engines: what each runtime executes, made from one quantized checkpoint."""

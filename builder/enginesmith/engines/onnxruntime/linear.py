@@ -1,0 +1,340 @@
+"""Linear layers of a quantized checkpoint as ONNX nodes that compute with the very same integers.
+
+ModelOpt's unified checkpoint stores one linear layer as ``weight`` plus scales; their dtypes say how it was
+quantized, so checkpoints that others quantized are read the same way:
+
+=========  =======================  =========================================================================
+kind       weight                   beside it
+=========  =======================  =========================================================================
+plain      BF16/F16/F32 [N, K]
+int8_wo    I8 [N, K]                weight_scale [N]
+int8_sq    I8 [N, K]                weight_scale [N], input_scale [], pre_quant_scale [K]
+int4_awq   U8 [N/2, K]              weight_scale [N, K/group], pre_quant_scale [K] unless folded into a norm.
+                                    Low nibble: even row, high nibble: odd row, two's complement.
+fp8        F8_E4M3 [N, K]           weight_scale [], input_scale []
+=========  =======================  =========================================================================
+
+Layers that share their input (q, k, v) become one node when they agree in everything but the rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+from onnx import TensorProto
+
+from enginesmith.checkpoints.tensors import CheckpointTensors
+from enginesmith.engines.onnxruntime.graph import MICROSOFT, Array, Graph
+from enginesmith.errors import SourceError
+
+Kind = Literal["plain", "int8_wo", "int8_sq", "int4_awq", "fp8"]
+INT8_BLOCK = 64
+"""Columns per scale when per-row INT8 weights run as MatMulNBits; the scale of a row is repeated."""
+_ZERO_POINT_8 = 128
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One linear layer, or several stacked along their rows. Shapes: N rows (outputs), K columns (inputs)."""
+
+    kind: Kind
+    weight: Array
+    """plain, fp8: as stored [N, K]; int8_*: int8 [N, K]; int4_awq: int8 [N, K] with values in [-8, 7]."""
+    bias: npt.NDArray[np.float32] | None
+    weight_scale: npt.NDArray[np.float32] | None = None
+    """int8_*: [N]; int4_awq: [N, K / group]; fp8: [N]."""
+    input_scale: float | None = None
+    pre_quant_scale: npt.NDArray[np.float32] | None = None
+
+    @property
+    def rows(self) -> int:
+        """Outputs of the layer."""
+        return int(self.weight.shape[0])
+
+
+def read_linear(tensors: CheckpointTensors, name: str) -> Linear:
+    """The linear layer at module path ``name``.
+
+    Raises:
+        SourceError: tensors are missing or their dtypes do not belong to a supported scheme.
+    """
+    weight_name = f"{name}.weight"
+    if weight_name not in tensors:
+        raise SourceError(f"the checkpoint has no tensor {weight_name}")
+    bias = tensors.read(f"{name}.bias").astype(np.float32) if f"{name}.bias" in tensors else None
+    dtype = tensors.dtype(weight_name)
+    weight = tensors.read(weight_name)
+    if dtype in ("BF16", "F16", "F32"):
+        return Linear("plain", weight, bias)
+    scale = _read_scale(tensors, f"{name}.weight_scale", name)
+    smoothing = (
+        tensors.read(f"{name}.pre_quant_scale").astype(np.float32)
+        if f"{name}.pre_quant_scale" in tensors
+        else None
+    )
+    input_scale = (
+        float(tensors.read(f"{name}.input_scale").reshape(())) if f"{name}.input_scale" in tensors else None
+    )
+    if dtype == "I8" and scale.shape == weight.shape[:1]:
+        kind: Kind = "int8_wo" if input_scale is None else "int8_sq"
+        return Linear(kind, weight, bias, scale, input_scale, smoothing)
+    if dtype == "U8" and scale.ndim == 2 and input_scale is None:
+        return Linear("int4_awq", _unpack_int4(weight), bias, scale, None, smoothing)
+    if dtype == "F8_E4M3" and scale.size == 1 and input_scale is not None:
+        return Linear(
+            "fp8",
+            weight,
+            bias,
+            np.full(weight.shape[0], scale.reshape(()), np.float32),
+            input_scale,
+            smoothing,
+        )
+    raise SourceError(
+        f"layer {name} is quantized in a way that cannot be lowered to ONNX Runtime: weight {dtype} {weight.shape}, "
+        f"weight_scale {scale.shape}, input_scale {'present' if input_scale is not None else 'absent'}"
+    )
+
+
+def _read_scale(tensors: CheckpointTensors, scale_name: str, name: str) -> npt.NDArray[np.float32]:
+    if scale_name not in tensors:
+        raise SourceError(f"layer {name} has {tensors.dtype(f'{name}.weight')} weights but no {scale_name}")
+    scale = tensors.read(scale_name).astype(np.float32)
+    if not np.all(np.isfinite(scale)):
+        raise SourceError(f"{scale_name} holds NaN or Inf")
+    return scale
+
+
+def _unpack_int4(packed: Array) -> npt.NDArray[np.int8]:
+    """int8 [N, K] with values in [-8, 7] from uint8 [N / 2, K]."""
+    rows = np.empty((2 * packed.shape[0], packed.shape[1]), np.int8)
+    signed = packed.view(np.int8)
+    rows[0::2] = (signed << 4) >> 4
+    rows[1::2] = signed >> 4
+    return rows
+
+
+def stack(layers: Sequence[Linear]) -> Linear | None:
+    """``layers`` as one layer, or None when they do not read the same quantized input."""
+    first = layers[0]
+    for other in layers[1:]:
+        same_input = other.input_scale == first.input_scale and _same(
+            other.pre_quant_scale, first.pre_quant_scale
+        )
+        same_groups = first.kind != "int4_awq" or _group(other) == _group(first)
+        if other.kind != first.kind or not same_input or not same_groups:
+            return None
+    has_bias = any(layer.bias is not None for layer in layers)
+    bias = np.concatenate([_bias_or_zero(layer) for layer in layers]) if has_bias else None
+    scales = [layer.weight_scale for layer in layers if layer.weight_scale is not None]
+    return replace(
+        first,
+        weight=np.concatenate([layer.weight for layer in layers]),
+        bias=bias,
+        weight_scale=np.concatenate(scales) if scales else None,
+    )
+
+
+def _same(left: Array | None, right: Array | None) -> bool:
+    if left is None or right is None:
+        return left is right
+    return np.array_equal(left, right)
+
+
+def _bias_or_zero(layer: Linear) -> npt.NDArray[np.float32]:
+    return layer.bias if layer.bias is not None else np.zeros(layer.rows, np.float32)
+
+
+def _group(layer: Linear) -> int:
+    assert layer.weight_scale is not None
+    return int(layer.weight.shape[1] // layer.weight_scale.shape[1])
+
+
+class LinearWriter:
+    """Writes linear layers into a graph.
+
+    ``accuracy_level`` is MatMulNBits': 1 computes with FP32 activations, 4 quantizes them to INT8 inside the kernel.
+    """
+
+    def __init__(self, graph: Graph, accuracy_level: int) -> None:
+        self._graph = graph
+        self._accuracy_level = accuracy_level
+        self._quantized_inputs: dict[tuple[str, float], str] = {}
+        self._dequantized_inputs: dict[str, str] = {}
+        self._smoothed_inputs: dict[tuple[str, bytes], str] = {}
+
+    def write(self, layer: Linear, value: str, name: str) -> str:
+        """The output of ``layer`` applied to ``value`` (float32 [..., K]): float32 [..., N]."""
+        value = self._smooth(layer, value, name)
+        product = {
+            "plain": self._plain,
+            "int8_wo": self._int8_weight_only,
+            "int8_sq": self._int8,
+            "int4_awq": self._int4,
+            "fp8": self._fp8,
+        }[layer.kind](layer, value, name)
+        if layer.bias is None:
+            return product
+        return self._graph.node(
+            "Add", [product, self._graph.weight(f"{name}/bias", layer.bias)], f"{name}/with_bias"
+        )
+
+    def _smooth(self, layer: Linear, value: str, name: str) -> str:
+        if layer.pre_quant_scale is None:
+            return value
+        key = (value, layer.pre_quant_scale.tobytes())
+        if key not in self._smoothed_inputs:
+            scale = self._graph.weight(f"{name}/pre_quant_scale", layer.pre_quant_scale)
+            self._smoothed_inputs[key] = self._graph.node("Mul", [value, scale], f"{name}/smoothed")
+        return self._smoothed_inputs[key]
+
+    def _plain(self, layer: Linear, value: str, name: str) -> str:
+        # Stored in the checkpoint's dtype; onnxruntime folds the cast when it loads the graph.
+        weight = self._as_float(
+            self._graph.weight(f"{name}/weight", np.ascontiguousarray(layer.weight.T)), layer.weight, name
+        )
+        return self._graph.node("MatMul", [value, weight], f"{name}/output")
+
+    def _as_float(self, stored: str, array: Array, name: str) -> str:
+        if array.dtype == np.float32:
+            return stored
+        return self._graph.node("Cast", [stored], f"{name}/weight_f32", to=TensorProto.FLOAT)
+
+    def _int8_weight_only(self, layer: Linear, value: str, name: str) -> str:
+        assert layer.weight_scale is not None
+        blocks = -(-layer.weight.shape[1] // INT8_BLOCK)
+        codes = _padded(layer.weight.astype(np.int16) + _ZERO_POINT_8, blocks * INT8_BLOCK, _ZERO_POINT_8)
+        scales = np.repeat(layer.weight_scale[:, None], blocks, axis=1)
+        return self.matmul_nbits(
+            codes.astype(np.uint8),
+            scales,
+            value,
+            name,
+            bits=8,
+            block=INT8_BLOCK,
+            columns=layer.weight.shape[1],
+        )
+
+    def _int4(self, layer: Linear, value: str, name: str) -> str:
+        assert layer.weight_scale is not None
+        codes = (layer.weight + 8).astype(np.uint8)
+        packed = codes[:, 0::2] | (codes[:, 1::2] << 4)
+        return self.matmul_nbits(
+            packed,
+            layer.weight_scale,
+            value,
+            name,
+            bits=4,
+            block=_group(layer),
+            columns=layer.weight.shape[1],
+        )
+
+    def matmul_nbits(
+        self,
+        packed: npt.NDArray[np.uint8],
+        scales: npt.NDArray[np.float32],
+        value: str,
+        name: str,
+        *,
+        bits: int,
+        block: int,
+        columns: int,
+    ) -> str:
+        """MatMulNBits with symmetric codes: ``packed`` uint8 [N, bytes per row], ``scales`` float32 [N, blocks]."""
+        rows, blocks = scales.shape
+        weight = self._graph.weight(
+            f"{name}/weight_int{bits}", packed.reshape(rows, blocks, block * bits // 8)
+        )
+        scale = self._graph.weight(f"{name}/weight_scale", np.ascontiguousarray(scales, np.float32))
+        return self._graph.node(
+            "MatMulNBits",
+            [value, weight, scale],
+            f"{name}/output",
+            domain=MICROSOFT,
+            K=columns,
+            N=rows,
+            bits=bits,
+            block_size=block,
+            accuracy_level=self._accuracy_level,
+        )
+
+    def _int8(self, layer: Linear, value: str, name: str) -> str:
+        # Both sides as uint8 around 128: onnxruntime's u8 x s8 kernel adds pairs of products in 16 bits and
+        # saturates on x86 without VNNI, its u8 x u8 kernel does not. The integers are the same.
+        assert layer.weight_scale is not None
+        assert layer.input_scale is not None
+        codes = (layer.weight.T.astype(np.int16) + _ZERO_POINT_8).astype(np.uint8)
+        zero_point = self._graph.scalar(_ZERO_POINT_8, np.uint8)
+        quantized = self._quantize_input(value, layer.input_scale, zero_point, name)
+        weight_zero_points = self._graph.weight(
+            f"zero_points/{layer.rows}", np.full(layer.rows, _ZERO_POINT_8, np.uint8)
+        )
+        return self._graph.node(
+            "MatMulIntegerToFloat",
+            [
+                quantized,
+                self._graph.weight(f"{name}/weight_uint8", np.ascontiguousarray(codes)),
+                self._graph.scalar(float(np.float32(layer.input_scale)), np.float32),
+                self._graph.weight(f"{name}/weight_scale", layer.weight_scale),
+                zero_point,
+                weight_zero_points,
+            ],
+            f"{name}/output",
+            domain=MICROSOFT,
+        )
+
+    def _fp8(self, layer: Linear, value: str, name: str) -> str:
+        assert layer.weight_scale is not None
+        assert layer.input_scale is not None
+        quantized = self._quantize_input(value, layer.input_scale, self.fp8_zero(), name)
+        scale = self._graph.scalar(float(np.float32(layer.input_scale)), np.float32)
+        if quantized not in self._dequantized_inputs:
+            inputs = [quantized, scale, self.fp8_zero()]
+            self._dequantized_inputs[quantized] = self._graph.node(
+                "DequantizeLinear", inputs, f"{quantized}/dequantized"
+            )
+        restored = self._dequantized_inputs[quantized]
+        weight = self._graph.node(
+            "DequantizeLinear",
+            [
+                self._graph.weight(f"{name}/weight_fp8", np.ascontiguousarray(layer.weight.T)),
+                self._graph.weight(f"{name}/weight_scale", layer.weight_scale),
+            ],
+            f"{name}/weight_f32",
+            axis=1,
+        )
+        return self._graph.node("MatMul", [restored, weight], f"{name}/output")
+
+    def fp8_zero(self) -> str:
+        """The zero point that makes QuantizeLinear produce FP8 (E4M3)."""
+        return self._graph.weight("zero/fp8", np.zeros((), ml_dtypes.float8_e4m3fn))
+
+    def _quantize_input(self, value: str, scale: float, zero_point: str, name: str) -> str:
+        """``value`` quantized per tensor; layers that read the same value with the same scale share the node."""
+        key = (value, scale)
+        if key not in self._quantized_inputs:
+            inputs = [value, self._graph.scalar(float(np.float32(scale)), np.float32), zero_point]
+            self._quantized_inputs[key] = self._graph.node(
+                "QuantizeLinear", inputs, f"{name}/quantized_input"
+            )
+        return self._quantized_inputs[key]
+
+
+def quantize_rows(weight: Array, block: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
+    """Symmetric 8-bit codes [N, padded K] around 128 and scales [N, blocks], rounded to nearest: amax / 127 per block."""
+    rows, columns = weight.shape
+    blocks = -(-columns // block)
+    padded = np.zeros((rows, blocks * block), np.float32)
+    padded[:, :columns] = weight
+    grouped = padded.reshape(rows, blocks, block)
+    scales = np.maximum(np.abs(grouped).max(axis=2), np.finfo(np.float32).tiny) / 127
+    codes = np.rint(grouped / scales[:, :, None]) + _ZERO_POINT_8
+    return codes.astype(np.uint8).reshape(rows, -1), scales.astype(np.float32)
+
+
+def _padded(codes: Array, columns: int, fill: int) -> Array:
+    return np.pad(codes, ((0, 0), (0, columns - codes.shape[1])), constant_values=fill)
