@@ -1,3 +1,43 @@
 """A thin, typed client for models that NVIDIA Triton serves."""
 
+from enginesmith_client._client import Client
+from enginesmith_client._errors import (
+    ConnectError,
+    DeadlineExceeded,
+    InvalidInput,
+    ModelNotReady,
+    Overloaded,
+    ServerError,
+    TritonClientError,
+)
+from enginesmith_client._messages import (
+    BatchStatistics,
+    Duration,
+    Generation,
+    InferResult,
+    ModelMetadata,
+    ModelStatistics,
+    ModelStatus,
+    TensorMetadata,
+)
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "BatchStatistics",
+    "Client",
+    "ConnectError",
+    "DeadlineExceeded",
+    "Duration",
+    "Generation",
+    "InferResult",
+    "InvalidInput",
+    "ModelMetadata",
+    "ModelNotReady",
+    "ModelStatistics",
+    "ModelStatus",
+    "Overloaded",
+    "ServerError",
+    "TensorMetadata",
+    "TritonClientError",
+]

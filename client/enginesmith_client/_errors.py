@@ -1,0 +1,110 @@
+"""Every error a caller can meet, sorted by what the caller can do about it.
+
+A message says what happened and what was seen; ``hint`` says what to do. The exception of the transport
+(gRPC, socket, JSON) is chained as ``__cause__``. ``error_from_status`` is the one place where an answer of
+a server becomes an error; both transports use it, so the same failure has the same class on both.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+class TritonClientError(Exception):
+    """The root of every error that this package raises on purpose."""
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}\n  hint: {self.hint}" if self.hint else self.message
+
+
+class ConnectError(TritonClientError):
+    """No server was reached, or the connection broke: check the address and the server."""
+
+
+class DeadlineExceeded(TritonClientError):  # noqa: N818 - says what is the case, as the statuses of gRPC do
+    """The answer did not come in time: allow more time or ask for less. The server may still be working."""
+
+
+class Overloaded(TritonClientError):  # noqa: N818 - says what is the case, as the statuses of gRPC do
+    """The server is there but refused the request for want of room: send it again later."""
+
+
+class ModelNotReady(TritonClientError):  # noqa: N818 - says what is the case, as the statuses of gRPC do
+    """The server does not serve this model or version, or not yet."""
+
+
+class InvalidInput(TritonClientError):  # noqa: N818 - says what is the case, as the statuses of gRPC do
+    """The call itself is wrong and will be refused every time: change it."""
+
+
+class ServerError(TritonClientError):
+    """The server or the model failed while working on a valid request, or its answer cannot be read."""
+
+
+Status = Literal[
+    "unreachable", "deadline", "unavailable", "not_found", "invalid_argument", "unimplemented", "internal"
+]
+
+
+@dataclass(frozen=True)
+class Call:
+    """What was being done when something failed; used in messages."""
+
+    address: str
+    action: str
+    """In words, for the middle of a sentence: ``inference on model 'm'``."""
+    timeout_s: float
+    model: str | None = None
+
+
+def error_from_status(status: Status, detail: str, *, call: Call) -> TritonClientError:
+    """The error for a failed call; ``detail`` is what the server or the transport said."""
+    detail = detail.strip().removeprefix("[request id: <id_unknown>] ")
+    if status == "unreachable":
+        return connect_error(call.address, detail)
+    if status == "deadline":
+        return DeadlineExceeded(
+            f"{call.action} had no answer from {call.address} within {call.timeout_s:g} s",
+            hint="give a larger timeout_s, ask for less work, or look at client.statistics(model) for a long queue; "
+            "the server may still be computing",
+        )
+    if _means_not_served(detail):
+        what = f"model {call.model!r}" if call.model else "this"
+        return ModelNotReady(f"{call.address} does not serve {what}: {detail}")
+    if status == "unavailable":
+        return Overloaded(
+            f"{call.address} refused {call.action}: {detail}",
+            hint="wait and send it again, send fewer requests at once, or give the model more instances or a longer queue",
+        )
+    if status == "invalid_argument":
+        return InvalidInput(
+            f"{call.address} refused {call.action}: {detail}",
+            hint="compare the request with client.metadata(model)" if call.model else None,
+        )
+    return ServerError(
+        f"{call.action} failed on {call.address}: {detail}", hint="the log of the server has the rest"
+    )
+
+
+def connect_error(address: str, detail: str) -> ConnectError:
+    """The error for a server that cannot be reached at ``address``."""
+    return ConnectError(
+        f"cannot reach a Triton server at {address}: {detail}",
+        hint="check that the server runs and that this is the port of this protocol (Triton's defaults: gRPC 8001, HTTP 8000)",
+    )
+
+
+def _means_not_served(detail: str) -> bool:
+    # Triton has no status of its own for this: it is NOT_FOUND for inference, INVALID_ARG for statistics
+    # and UNAVAILABLE while a model or the server stops, and models may use the same codes for their own errors.
+    return (
+        detail.startswith("Request for unknown model")
+        or (detail.startswith("requested model") and detail.endswith("is not available"))
+        or "is stopping" in detail
+    )

@@ -1,0 +1,193 @@
+"""Checks an inference against the model's metadata and encodes it; decodes the reply. Pure.
+
+Everything that the server would refuse for its form is refused here, with the name of the input and what to
+do about it, before anything is sent.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from enginesmith_client._codec import (
+    NUMPY_TYPES,
+    Array,
+    accepts,
+    array_from_bytes,
+    bytes_from_array,
+    datatype_from_dtype,
+    text_bytes,
+)
+from enginesmith_client._errors import InvalidInput
+from enginesmith_client._messages import (
+    InferReply,
+    InferRequest,
+    InferResult,
+    ModelMetadata,
+    Parameter,
+    TensorMetadata,
+    WireTensor,
+)
+
+
+def request_from_arrays(
+    metadata: ModelMetadata,
+    inputs: Mapping[str, Array],
+    *,
+    outputs: Sequence[str] | None,
+    version: str,
+    request_id: str,
+    parameters: Mapping[str, Parameter] | None,
+) -> InferRequest:
+    """The request that carries ``inputs`` to the model.
+
+    Raises:
+        InvalidInput: a name, dtype, shape or batch size is not what the metadata says, or a required input is missing.
+    """
+    if metadata.decoupled:
+        raise InvalidInput(
+            f"model {metadata.name!r} is decoupled: it may answer one request many times, and this call waits for exactly one answer",
+            hint="use a model whose configuration does not set model_transaction_policy.decoupled",
+        )
+    text_bytes(request_id, what="request_id")
+    _check_names(metadata, inputs, outputs or ())
+    for name, array in inputs.items():
+        _check_array(metadata, name, array)
+    _check_batch(metadata, inputs)
+    return InferRequest(
+        model=metadata.name,
+        version=version,
+        id=request_id,
+        inputs=tuple(_wire_tensor(metadata, name, array) for name, array in inputs.items()),
+        outputs=tuple(outputs or ()),
+        parameters=_checked_parameters(parameters or {}),
+    )
+
+
+def result_from_reply(reply: InferReply) -> InferResult:
+    """The decoded outputs of a reply."""
+    arrays = {
+        tensor.name: array_from_bytes(tensor.data, tensor.datatype, tensor.shape) for tensor in reply.outputs
+    }
+    return InferResult(arrays, reply.model, reply.version, reply.id)
+
+
+def _check_names(metadata: ModelMetadata, inputs: Iterable[str], outputs: Iterable[str]) -> None:
+    given = set(inputs)
+    for name in given:
+        if metadata.input(name) is None:
+            raise _unknown_name(
+                metadata.name, "input", name, known=[tensor.name for tensor in metadata.inputs]
+            )
+    for name in outputs:
+        if metadata.output(name) is None:
+            raise _unknown_name(
+                metadata.name, "output", name, known=[tensor.name for tensor in metadata.outputs]
+            )
+    missing = [tensor for tensor in metadata.inputs if not tensor.optional and tensor.name not in given]
+    if missing:
+        wanted = ", ".join(f"{tensor.name} ({tensor.datatype} {list(tensor.shape)})" for tensor in missing)
+        raise InvalidInput(f"model {metadata.name!r} needs inputs that were not given: {wanted}")
+    if not given:
+        raise InvalidInput(
+            f"no inputs were given to model {metadata.name!r}", hint="see client.metadata(model).inputs"
+        )
+
+
+def _unknown_name(model: str, kind: str, name: str, *, known: list[str]) -> InvalidInput:
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"it has: {', '.join(known)}"
+    return InvalidInput(f"model {model!r} has no {kind} {name!r}", hint=hint)
+
+
+def _check_array(metadata: ModelMetadata, name: str, array: Array) -> None:
+    tensor = metadata.input(name)
+    assert tensor is not None, "names are checked first"
+    if not isinstance(array, np.ndarray):
+        raise InvalidInput(
+            f"input {name!r} is {type(array).__name__}; it must be a numpy array",
+            hint="wrap it: np.array(value)",
+        )
+    if not accepts(tensor.datatype, array.dtype):
+        seen = datatype_from_dtype(array.dtype) or "no Triton datatype"
+        raise InvalidInput(
+            f"input {name!r} of model {metadata.name!r} is {tensor.datatype}; seen: an array of {array.dtype} ({seen})",
+            hint=f"convert it: {_conversion(tensor.datatype)}",
+        )
+    if not _fits(array.shape, tensor):
+        raise InvalidInput(
+            f"input {name!r} of model {metadata.name!r} has shape {list(tensor.shape)} (-1: any size); seen: {list(array.shape)}",
+            hint=_shape_hint(metadata, tensor, array.shape),
+        )
+
+
+def _conversion(datatype: str) -> str:
+    if datatype == "BYTES":
+        return "np.array(texts, dtype=np.object_), with str or bytes elements"
+    if datatype == "BF16":
+        return "array.astype(np.float32)"
+    return f"array.astype(np.{np.dtype(NUMPY_TYPES[datatype]).name})" if datatype in NUMPY_TYPES else datatype
+
+
+def _fits(shape: tuple[int, ...], tensor: TensorMetadata) -> bool:
+    return len(shape) == len(tensor.shape) and all(
+        wanted in (-1, size) for wanted, size in zip(tensor.shape, shape, strict=True)
+    )
+
+
+def _shape_hint(metadata: ModelMetadata, tensor: TensorMetadata, shape: tuple[int, ...]) -> str | None:
+    if metadata.max_batch_size and _fits((1, *shape), tensor):
+        return (
+            "the model batches, so the first dimension is the batch: array[np.newaxis] makes a batch of one"
+        )
+    return None
+
+
+def _check_batch(metadata: ModelMetadata, inputs: Mapping[str, Array]) -> None:
+    if not metadata.max_batch_size:
+        return
+    sizes = {name: array.shape[0] for name, array in inputs.items()}
+    if len(set(sizes.values())) > 1:
+        seen = ", ".join(f"{name}: {size}" for name, size in sizes.items())
+        raise InvalidInput(
+            f"all inputs of one request must have the same batch size (first dimension); seen: {seen}"
+        )
+    size = next(iter(sizes.values()))
+    if not 1 <= size <= metadata.max_batch_size:
+        raise InvalidInput(
+            f"model {metadata.name!r} takes batches of 1 to {metadata.max_batch_size}; seen: {size}",
+            hint="split the batch over several requests; the server joins them if the model has dynamic batching",
+        )
+
+
+def _wire_tensor(metadata: ModelMetadata, name: str, array: Array) -> WireTensor:
+    tensor = metadata.input(name)
+    assert tensor is not None, "names are checked first"
+    try:
+        data = bytes_from_array(array, tensor.datatype)
+    except InvalidInput as error:
+        raise InvalidInput(f"input {name!r}: {error.message}", hint=error.hint) from error
+    return WireTensor(name, tensor.datatype, array.shape, data)
+
+
+def _checked_parameters(parameters: Mapping[str, Parameter]) -> Mapping[str, Parameter]:
+    for name, value in parameters.items():
+        if not isinstance(value, (str, int, float, bool)) or (
+            isinstance(value, float) and not math.isfinite(value)
+        ):
+            raise InvalidInput(
+                f"request parameter {name!r} is {value!r}; allowed: str, bool, int and finite float"
+            )
+        text_bytes(name, what="the name of a request parameter")
+        if isinstance(value, str):
+            text_bytes(value, what=f"request parameter {name!r}")
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise InvalidInput(f"request parameter {name!r} is {value}, which does not fit into 64 bits")
+    if "binary_data_output" in parameters:
+        raise InvalidInput(
+            "the request parameter 'binary_data_output' belongs to the transport and cannot be set"
+        )
+    return dict(parameters)
