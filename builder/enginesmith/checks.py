@@ -5,6 +5,7 @@ Owns what is legal. Called by ``plan`` as soon as a ``config.json`` is at hand a
 
 from __future__ import annotations
 
+import fnmatch
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -55,15 +56,20 @@ def check_legal(spec: ModelSpec, hf_config: Mapping[str, Any]) -> None:
 
 
 def linear_input_sizes(hf_config: Mapping[str, Any]) -> dict[str, int]:
-    """Input channels of each kind of linear layer in a decoder block."""
+    """Input channels of every linear layer in the decoder blocks, by full module name."""
     hidden = _size(hf_config, "hidden_size")
     heads = _size(hf_config, "num_attention_heads")
-    head_dim = hf_config.get("head_dim") or hidden // heads
-    return {
-        "q_proj, k_proj, v_proj, gate_proj, up_proj": hidden,
-        "o_proj": heads * int(head_dim),
-        "down_proj": _size(hf_config, "intermediate_size"),
+    inputs = {
+        "self_attn.q_proj": hidden,
+        "self_attn.k_proj": hidden,
+        "self_attn.v_proj": hidden,
+        "self_attn.o_proj": heads * int(hf_config.get("head_dim") or hidden // heads),
+        "mlp.gate_proj": hidden,
+        "mlp.up_proj": hidden,
+        "mlp.down_proj": _size(hf_config, "intermediate_size"),
     }
+    blocks = range(_size(hf_config, "num_hidden_layers"))
+    return {f"model.layers.{block}.{name}": size for block in blocks for name, size in inputs.items()}
 
 
 def _check_architecture(hf_config: Mapping[str, Any]) -> None:
@@ -94,17 +100,22 @@ def _check_groups(name: str, variant: Variant, sizes: Mapping[str, int]) -> None
     group = variant.effective_group_size
     if group is None:
         return
-    misfits = {layer: size for layer, size in sizes.items() if size % group}
+    quantized = {
+        layer: size
+        for layer, size in sizes.items()
+        if not any(fnmatch.fnmatchcase(layer, pattern) for pattern in variant.exclude)
+    }
+    misfits = [layer for layer, size in quantized.items() if size % group]
     if misfits:
         legal = [
-            str(size) for size in _AWQ_GROUP_SIZES if not any(inputs % size for inputs in sizes.values())
+            str(size) for size in _AWQ_GROUP_SIZES if not any(inputs % size for inputs in quantized.values())
         ]
-        seen = "; ".join(f"{layer} ({size} inputs)" for layer, size in misfits.items())
+        others = f" and {len(misfits) - 1} more layers" if len(misfits) > 1 else ""
         raise SpecError(
-            f"variant {name}: group_size {group} does not divide the input size of {seen}",
+            f"variant {name}: group_size {group} does not divide the {sizes[misfits[0]]} inputs of {misfits[0]}{others}",
             hint=f"group_size may be {' or '.join(legal)} here"
             if legal
-            else "no group size fits this model: use another scheme",
+            else "no group size fits every layer: use another scheme, or exclude the layers",
         )
 
 

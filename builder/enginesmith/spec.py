@@ -320,7 +320,7 @@ class ModelSpec(Part):
     @classmethod
     def _variant_names(cls, variants: dict[str, Variant]) -> dict[str, Variant]:
         for name in variants:
-            if not re.match(NAME_PATTERN, name):
+            if not re.fullmatch(NAME_PATTERN, name):
                 raise ValueError(
                     f"variant name {name!r} must match {NAME_PATTERN}: it becomes part of a Triton model name"
                 )

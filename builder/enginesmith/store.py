@@ -230,10 +230,10 @@ class ArtifactStore:
 
     def disk_full(self, action: str, needed: Path | None = None) -> StoreError:
         """The error for a full disk, with what is needed and what is free."""
-        size = f" for {_size_bytes(needed)} bytes" if needed else ""
+        size = f" for {_size_bytes(needed):,} bytes" if needed else ""
         free = shutil.disk_usage(self.root).free if self.root.exists() else 0
         return StoreError(
-            f"the disk is full: {action} needs room{size}, {free} bytes are free in {self.root}",
+            f"the disk is full: {action} needs room{size}, {free:,} bytes are free in {self.root}",
             hint=_FREE_SPACE_HINT,
         )
 

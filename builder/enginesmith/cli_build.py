@@ -1,0 +1,313 @@
+"""Verbs that make engines: ``plan``, ``build``, ``publish``, and their store's ``gc``; and ``schema``.
+
+Each loads what it needs when it runs. stdout is data, stderr is progress.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from enginesmith.cli_options import JSON_OPTION, SERVER_OPTION, plain, print_json
+from enginesmith.errors import EnginesmithError, GateError, OperatorError
+
+if TYPE_CHECKING:
+    from enginesmith.plan import Plan
+    from enginesmith.publish.local import Publication
+    from enginesmith.store import Artifact, ArtifactStore
+
+_SPEC = click.argument("spec", type=click.Path(path_type=Path))
+_VARIANTS = click.option(
+    "--variant", "variants", multiple=True, metavar="NAME", help="Only this variant. May be repeated."
+)
+
+
+@click.command()
+@_SPEC
+@_VARIANTS
+@click.option("--explain", is_flag=True, help="Say why each step would run.")
+@JSON_OPTION
+@click.pass_obj
+def plan(store_root: Path, spec: Path, variants: tuple[str, ...], *, explain: bool, as_json: bool) -> None:
+    """Show the steps of SPEC: which are cached, which would run. Runs nothing.
+
+    \b
+    Examples:
+      enginesmith plan models/smollm2-135m.yaml
+      enginesmith plan models/smollm2-135m.yaml --explain
+      enginesmith plan models/smollm2-135m.yaml --json | jq '.steps[] | select(.cached | not)'
+    """
+    from dataclasses import asdict
+
+    store = _open_store(store_root)
+    made = _make_plan(spec, store, variants)
+    explanations = made.explain(store)
+    if as_json:
+        print_json({"name": made.spec.name, "steps": [asdict(step) for step in explanations]})
+        return
+    for step in explanations:
+        click.echo(
+            f"{step.kind:<9}  {step.variant or '-':<12}  {step.key[:12]}  {'cached' if step.cached else 'will run'}"
+        )
+        for reason in step.reasons if explain else ():
+            click.echo(f"{'':<25}{reason}")
+    waiting = sum(not step.cached for step in explanations)
+    click.echo(f"{len(explanations)} steps, {waiting} will run", err=True)
+
+
+@click.command()
+@click.argument("specs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="SPEC...")
+@_VARIANTS
+@click.option(
+    "--publish",
+    "repository",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Publish into this model repository.",
+)
+@click.option(
+    "--jobs",
+    type=click.IntRange(1, 64),
+    default=1,
+    show_default=True,
+    help="Steps that run at the same time.",
+)
+@click.option(
+    "--keep-going",
+    is_flag=True,
+    help="After a failure, go on with the steps that do not need the failed one.",
+)
+@SERVER_OPTION
+@JSON_OPTION
+@click.pass_obj
+def build(
+    store_root: Path,
+    specs: tuple[Path, ...],
+    variants: tuple[str, ...],
+    repository: Path | None,
+    jobs: int,
+    *,
+    keep_going: bool,
+    server: str,
+    as_json: bool,
+) -> None:
+    """Build and verify every variant of each SPEC; steps that are in the store already do not run.
+
+    A build that was killed is resumed by the same command.
+
+    \b
+    Examples:
+      enginesmith build models/smollm2-135m.yaml
+      enginesmith build models/smollm2-135m.yaml --variant int4-awq --publish model_repository
+      enginesmith build models/*.yaml --keep-going --jobs 2 --json > report.json
+    """
+    from enginesmith.build import build as run_build
+    from enginesmith.console import build_display
+    from enginesmith.report import build_report
+
+    store = _open_store(store_root)
+    plans = [_make_plan(spec, store, variants, server=server) for spec in specs]
+    with build_display(sys.stderr) as on_event:
+        result = run_build(plans, store, jobs=jobs, keep_going=keep_going, on_event=on_event)
+    reports = [build_report(made, result.artifacts) for made in plans]
+    publications = [
+        publication
+        for made in plans
+        if repository is not None
+        for publication in _publish(made, result.artifacts, repository, skip_incomplete=keep_going)
+    ]
+    if as_json:
+        print_json(
+            {
+                "reports": [report.as_json() for report in reports],
+                "published": [plain(publication) for publication in publications],
+                "errors": [str(error) for error in result.errors],
+            }
+        )
+    else:
+        _print_tables([report.as_table() for report in reports])
+    for publication in publications:
+        click.echo(_publication_line(publication), err=True)
+    if result.errors:
+        listed = "\n".join(f"- {error}" for error in result.errors)
+        raise _SeveralFailedError(
+            f"{len(result.errors)} steps failed:\n{listed}", exit_code=result.errors[0].exit_code
+        )
+
+
+@click.command()
+@_SPEC
+@_VARIANTS
+@click.option(
+    "--to",
+    "repository",
+    required=True,
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="The model repository.",
+)
+@SERVER_OPTION
+@JSON_OPTION
+@click.pass_obj
+def publish(
+    store_root: Path, spec: Path, variants: tuple[str, ...], repository: Path, *, server: str, as_json: bool
+) -> None:
+    """Publish the variants of SPEC that are built, verified and rehearsed into a model repository. Builds nothing.
+
+    \b
+    Examples:
+      enginesmith publish models/smollm2-135m.yaml --to model_repository
+      enginesmith publish models/smollm2-135m.yaml --variant fp8 --to /srv/models
+    """
+    store = _open_store(store_root)
+    made = _make_plan(spec, store, variants, server=server)
+    found = {step.key: store.get(step.key) for step in made.steps}
+    artifacts = {key: artifact for key, artifact in found.items() if artifact is not None}
+    publications = _publish(made, artifacts, repository, skip_incomplete=False)
+    if as_json:
+        print_json({"published": [plain(publication) for publication in publications]})
+        return
+    for publication in publications:
+        click.echo(_publication_line(publication))
+
+
+@click.command()
+@click.option(
+    "--older-than-days",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    help="Keep what is newer.",
+)
+@click.option(
+    "--forget", multiple=True, metavar="NAME", help="Stop keeping what the spec NAME needs. May be repeated."
+)
+@click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
+@JSON_OPTION
+@click.pass_obj
+def gc(
+    store_root: Path, *, older_than_days: float, forget: tuple[str, ...], dry_run: bool, as_json: bool
+) -> None:
+    """Remove from the store what the last plan of no spec needs. Never what a running build works on.
+
+    \b
+    Examples:
+      enginesmith gc --dry-run
+      enginesmith gc --older-than-days 14
+      enginesmith gc --forget old-model
+    """
+    from dataclasses import asdict
+
+    from enginesmith.collect import collect_garbage
+    from enginesmith.report import bytes_text
+
+    report = collect_garbage(
+        _open_store(store_root), older_than_days=older_than_days, forget=forget, dry_run=dry_run
+    )
+    if as_json:
+        print_json(asdict(report))
+        return
+    verb = "would remove" if dry_run else "removed"
+    click.echo(
+        f"{verb} {len(report.removed)} artifacts, {bytes_text(report.freed_bytes)}; kept {report.kept}"
+    )
+    for key in report.busy:
+        click.echo(f"left {key[:12]}: a build is working on it", err=True)
+
+
+@click.command()
+@click.option(
+    "--check",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Compare with FILE instead of printing.",
+)
+def schema(check: Path | None) -> None:
+    """Print the JSON Schema of specs, for editors.
+
+    \b
+    Examples:
+      enginesmith schema > docs/spec.schema.json
+      enginesmith schema --check docs/spec.schema.json
+    """
+    from enginesmith.spec import json_schema
+
+    current = json_schema()
+    if check is None:
+        click.echo(current, nl=False)
+        return
+    try:
+        same = check.read_text(encoding="utf-8") == current
+    except (OSError, UnicodeDecodeError) as error:
+        raise OperatorError(f"cannot read {check}: {error}", hint=f"enginesmith schema > {check}") from error
+    if not same:
+        raise OperatorError(
+            f"{check} is not the schema of this version", hint=f"enginesmith schema > {check}"
+        )
+
+
+class _SeveralFailedError(EnginesmithError):
+    """Several steps failed; the status is that of the first."""
+
+    def __init__(self, message: str, *, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def _open_store(root: Path) -> ArtifactStore:
+    from enginesmith.store import ArtifactStore
+
+    return ArtifactStore(root, warn=lambda message: click.echo(f"warning: {message}", err=True))
+
+
+def _make_plan(path: Path, store: ArtifactStore, variants: Sequence[str], *, server: str = "auto") -> Plan:
+    from enginesmith.plan import make_plan
+    from enginesmith.spec import load_spec
+
+    program = None if server == "auto" else str(Path(server).absolute())
+    return make_plan(load_spec(path), store, variants=variants or None, server=program)
+
+
+def _publish(
+    plan: Plan, artifacts: Mapping[str, Artifact], repository: Path, *, skip_incomplete: bool
+) -> list[Publication]:
+    """Publish every variant whose steps are all there."""
+    from enginesmith.evidence import evidence_of
+    from enginesmith.publish.local import publish as publish_package
+
+    publications = []
+    for variant in plan.variants:
+        steps = [step for step in plan.steps if step.variant == variant]
+        if missing := [step.kind for step in steps if step.key not in artifacts]:
+            if skip_incomplete:
+                continue
+            raise GateError(
+                f"variant {variant} of {plan.spec.name} is not built: {', '.join(missing)} missing; nothing more was published",
+                hint="enginesmith build SPEC --publish DIR builds and publishes",
+            )
+        package = artifacts[plan.step("package", variant).key]
+        publications.append(
+            publish_package(package.path, repository, evidence=evidence_of(plan, variant, artifacts))
+        )
+    return publications
+
+
+def _publication_line(publication: Publication) -> str:
+    state = "published" if publication.changed else "already published"
+    return f"{state} {publication.model} version {publication.version} in {publication.path.parent.parent}"
+
+
+def _print_tables(tables: Sequence[Any]) -> None:
+    from rich.console import Console
+
+    # A pipe has no width of its own; the table must not be cut there.
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    for table in tables:
+        console.print(table)
+
+
+VERBS = (plan, build, publish, gc, schema)
