@@ -164,3 +164,91 @@ def _tokenizer_json() -> str:
     tokenizer.train_from_iterator(pydoc_data.topics.topics.values(), trainer)
     assert tokenizer.get_vocab_size() == VOCAB_SIZE
     return tokenizer.to_str()
+
+
+def tiny_gguf(
+    checkpoint: Path, path: Path, *, quantization: str = "Q8_0", rope_freqs: Any = None, **overrides: Any
+) -> Path:
+    """``path``, written as the GGUF form of the tiny checkpoint in ``checkpoint``: matrices in ``quantization``.
+
+    ``overrides`` replace key-value pairs by their full GGUF name with dots written as double underscores; None leaves
+    a pair out. ``rope_freqs`` (float32 [head_dim / 2]) is stored as the tensor of that name. The layout follows llama.cpp's convert_hf_to_gguf.py: rows of q and k are paired for ``llama``.
+    """
+    import gguf
+    import numpy as np
+    from safetensors.torch import load_file
+
+    config = json.loads((checkpoint / "config.json").read_text())
+    arch = {"mistral": "llama"}.get(config["model_type"], config["model_type"])
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    pairs = _gguf_pairs(checkpoint, config, arch, head_dim)
+    pairs |= {key.replace("__", "."): value for key, value in overrides.items()}
+    writer = gguf.GGUFWriter(path, arch)
+    for key, value in pairs.items():
+        if value is not None:
+            _add_pair(writer, key, value)
+    matrix_type = gguf.GGMLQuantizationType[quantization]
+    if rope_freqs is not None:
+        writer.add_tensor("rope_freqs.weight", rope_freqs)
+    names = gguf.get_tensor_name_map(
+        {v: k for k, v in gguf.MODEL_ARCH_NAMES.items()}[arch], config["num_hidden_layers"]
+    )
+    for name, tensor in load_file(checkpoint / "model.safetensors").items():
+        data = tensor.float().numpy()
+        if arch == "llama" and (".q_proj." in name or ".k_proj." in name):
+            halves = data.reshape(-1, 2, head_dim // 2, *data.shape[1:])
+            data = np.ascontiguousarray(halves.swapaxes(1, 2).reshape(data.shape))
+        base, kind = name.rsplit(".", 1)
+        raw_type = matrix_type if data.ndim == 2 else gguf.GGMLQuantizationType.F32
+        writer.add_tensor(f"{names.get_name(base)}.{kind}", gguf.quantize(data, raw_type), raw_dtype=raw_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _gguf_pairs(checkpoint: Path, config: dict[str, Any], arch: str, head_dim: int) -> dict[str, Any]:
+    tokenizer = json.loads((checkpoint / "tokenizer.json").read_text())
+    vocabulary = {**tokenizer["model"]["vocab"], **{t["content"]: t["id"] for t in tokenizer["added_tokens"]}}
+    special = {token["content"] for token in tokenizer["added_tokens"]}
+    tokens = sorted(vocabulary, key=vocabulary.__getitem__)
+    return {
+        f"{arch}.block_count": config["num_hidden_layers"],
+        f"{arch}.context_length": config["max_position_embeddings"],
+        f"{arch}.embedding_length": config["hidden_size"],
+        f"{arch}.feed_forward_length": config["intermediate_size"],
+        f"{arch}.attention.head_count": config["num_attention_heads"],
+        f"{arch}.attention.head_count_kv": config["num_key_value_heads"],
+        f"{arch}.attention.key_length": head_dim,
+        f"{arch}.attention.value_length": head_dim,
+        f"{arch}.attention.layer_norm_rms_epsilon": config["rms_norm_eps"],
+        f"{arch}.rope.freq_base": config["rope_parameters"]["rope_theta"],
+        f"{arch}.rope.dimension_count": head_dim,
+        f"{arch}.vocab_size": config["vocab_size"],
+        "general.name": "tiny",
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [3 if token in special else 1 for token in tokens],
+        "tokenizer.ggml.merges": [" ".join(merge) for merge in tokenizer["model"]["merges"]],
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.unknown_token_id": 0,
+        "tokenizer.ggml.padding_token_id": 0,
+        "tokenizer.chat_template": CHAT_TEMPLATE,
+    }
+
+
+def _add_pair(writer: Any, key: str, value: Any) -> None:
+    match value:
+        case bool():
+            writer.add_bool(key, value)
+        case int():
+            writer.add_uint32(key, value)
+        case float():
+            writer.add_float32(key, value)
+        case str():
+            writer.add_string(key, value)
+        case list():
+            writer.add_array(key, value)

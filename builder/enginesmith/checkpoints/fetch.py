@@ -24,8 +24,9 @@ from enginesmith.steps import StepContext
 def run(context: StepContext) -> Mapping[str, Any]:
     """Fill ``context.out`` with the canonical checkpoint of ``params["source"]``, a mapping of the spec's fields.
 
-    ``params["location"]["path"]`` says where a local source is; ``content_sha256`` in the source says what was
-    planned, and a source that has changed since is refused, because its artifact would carry a wrong key.
+    ``params["location"]["path"]`` says where a local source is; ``directory_sha256`` or ``gguf_sha256`` in the
+    source says what was planned; a source that has changed since is refused, because its artifact would be kept
+    under a wrong key.
 
     Raises:
         SourceError: the source is missing, damaged, ambiguous or not supported.
@@ -39,8 +40,9 @@ def run(context: StepContext) -> Mapping[str, Any]:
         summary = checkpoint_from_gguf(path, context.out, dtype=dtype or "bfloat16", report=context.progress)
     else:
         summary = canonical_from_directory(path, context.out, dtype=dtype, report=context.progress)
-    if source.get("content_sha256"):
-        _refuse_changed_source(Path(context.params["location"]["path"]), source["content_sha256"])
+    planned = source.get("directory_sha256") or source.get("gguf_sha256")
+    if planned:
+        _refuse_changed_source(Path(context.params["location"]["path"]), planned)
     context.progress(1.0, "checkpoint is complete")
     return {
         "architecture": summary.architecture,

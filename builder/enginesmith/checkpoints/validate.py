@@ -70,16 +70,16 @@ def validate_checkpoint(directory: Path) -> CheckpointSummary:
     dimensions = dimensions_of(tensors.config, architecture, directory / CONFIG_FILE)
     expected = expected_shapes(architecture, dimensions)
     quantized = tensors.quantization is not None
-    _check_names(tensors, expected, quantized=quantized, layers=dimensions.layers)
-    packed = 0
-    for name in tensors.names():
+    for (
+        name
+    ) in tensors.names():  # First, because it explains a quantized checkpoint without its description best.
         _check_dtype(tensors, name, quantized=quantized)
-        if name in expected:
-            packed += _check_shape(tensors, name, expected[name])
+    _check_names(tensors, expected, quantized=quantized, layers=dimensions.layers)
+    packed = sum(_check_shape(tensors, name, shape) for name, shape in expected.items())
     bytes_by_dtype: Counter[str] = Counter()
     for name in tensors.names():
         bytes_by_dtype[tensors.dtype(name)] += tensors.nbytes(name)
-    stored = sum(math.prod(tensors.shape(name)) for name in expected if name in tensors)
+    stored = sum(math.prod(tensors.shape(name)) for name in expected)
     return CheckpointSummary(
         architecture, stored + packed, bytes_by_dtype.total(), bytes_by_dtype.most_common(1)[0][0]
     )
