@@ -222,7 +222,7 @@ class LinearWriter:
     def _int4(self, layer: Linear, value: str, name: str) -> str:
         assert layer.weight_scale is not None
         codes = (layer.weight + 8).astype(np.uint8)
-        packed = codes[:, 0::2] | (codes[:, 1::2] << 4)
+        packed = np.bitwise_or(codes[:, 0::2], codes[:, 1::2] << 4, dtype=np.uint8)
         return self.matmul_nbits(
             packed,
             layer.weight_scale,

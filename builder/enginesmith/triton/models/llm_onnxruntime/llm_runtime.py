@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,14 +59,14 @@ class Sampling:
 
 
 @dataclass
-class Sequence_:
+class Generation:
     """One running or finished sequence."""
 
     prompt: Sequence[int]
     sampling: Sampling
     tokens: list[int] = field(default_factory=list)
     finish_reason: str | None = None
-    on_token: Callable[[Sequence_], bool] | None = None
+    on_token: Callable[[Generation], bool] | None = None
     """Called after every token; returning True ends the sequence (a stop string was found)."""
     random: np.random.Generator = field(init=False)
 
@@ -103,14 +104,14 @@ class Runtime:
         self._mask = np.zeros((slots, capacity), np.int64)
         self._logits = np.zeros((slots, 1, self.engine["vocab_size"]), np.float32)
         self._bindings: dict[int, ort.IOBinding] = {}
-        self.running: list[Sequence_] = []
+        self.running: list[Generation] = []
 
     @property
     def free_slots(self) -> int:
         """How many more sequences can start now."""
         return self.slots - len(self.running)
 
-    def start(self, sequence: Sequence_) -> None:
+    def start(self, sequence: Generation) -> None:
         """Prefill ``sequence`` and choose its first token.
 
         Raises:
@@ -149,7 +150,7 @@ class Runtime:
         for slot in range(count):
             self._accept(slot, self._logits[slot, 0])
 
-    def retire(self) -> list[Sequence_]:
+    def retire(self) -> list[Generation]:
         """Remove and return the finished sequences; the last running ones move into their slots."""
         finished = [sequence for sequence in self.running if sequence.finish_reason is not None]
         slot = 0
@@ -163,18 +164,22 @@ class Runtime:
                 self.running[slot] = last
         return finished
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Sequence_]:
-        """Generate for all ``prompts``, as many at once as there are slots; results are in the order of the prompts."""
-        waiting = [Sequence_(prompt, sampling) for prompt in prompts]
-        results = list(waiting)
+    def run(self, generations: Sequence[Generation]) -> None:
+        """Bring all ``generations`` to their end, as many at once as there are slots."""
+        waiting = deque(generations)
         while waiting or self.running:
             while waiting and self.free_slots:
-                self.start(waiting.pop(0))
+                self.start(waiting.popleft())
             self.retire()
             if self.running:
                 self.step()
                 self.retire()
-        return results
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Generation]:
+        """Generate for all ``prompts``; results are in their order."""
+        generations = [Generation(prompt, sampling) for prompt in prompts]
+        self.run(generations)
+        return generations
 
     def clear(self) -> None:
         """Forget every running sequence."""
@@ -184,9 +189,8 @@ class Runtime:
         sequence = self.running[slot]
         token = choose_token(logits, sequence)
         sequence.tokens.append(token)
-        if token in self._eos:
-            sequence.finish_reason = "stop"
-        elif sequence.on_token is not None and sequence.on_token(sequence):
+        stopped = sequence.on_token is not None and sequence.on_token(sequence)
+        if token in self._eos or stopped:
             sequence.finish_reason = "stop"
         elif len(sequence.tokens) >= sequence.sampling.max_tokens or sequence.length + 1 >= self.capacity:
             sequence.finish_reason = "length"
@@ -232,7 +236,7 @@ def _bind_output(binding: ort.IOBinding, name: str, array: npt.NDArray[Any]) -> 
     binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
 
 
-def choose_token(logits: Logits, sequence: Sequence_) -> int:
+def choose_token(logits: Logits, sequence: Generation) -> int:
     """The next token for ``logits`` float32 [vocab]."""
     sampling = sequence.sampling
     if sampling.repetition_penalty != 1.0:
