@@ -23,7 +23,6 @@ _CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", -1),
     # The default backoff grows to 120 s, so a client that waits for a server would sleep long after it is up.
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
     # Without this, channels to one address share a connection and its backoff with each other.
     ("grpc.use_local_subchannel_pool", 1),
