@@ -93,9 +93,8 @@ def run(context: StepContext) -> Mapping[str, Any]:
     place_tree(package, repository / model)
 
     installation = find_server(str(context.params.get("server") or "auto"))
-    log_path = context.scratch / "tritonserver.log"
     started = time.monotonic()
-    with TritonServer(repository, installation=installation, log_path=log_path) as server:
+    with TritonServer(repository, installation=installation) as server:
         server.wait_ready(on_progress=context.progress)
         ready_s = time.monotonic() - started
         context.progress(None, "asking tritonserver")
