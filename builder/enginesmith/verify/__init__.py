@@ -1,0 +1,1 @@
+"""Verification: scores of the PyTorch references, figures of engines against them, and the gate."""
