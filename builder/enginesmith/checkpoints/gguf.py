@@ -85,6 +85,7 @@ def checkpoint_from_gguf(
     Raises:
         SourceError: the file is damaged or holds something that would be lost.
     """
+    report(None, f"reading {path.name}")
     reader = _open(path)
     metadata = {name: field.contents() for name, field in reader.fields.items()}
     tensors = _tensors_by_name(path, reader)
