@@ -103,8 +103,6 @@ def connect_error(address: str, detail: str) -> ConnectError:
 def _means_not_served(detail: str) -> bool:
     # Triton has no status of its own for this: it is NOT_FOUND for inference, INVALID_ARG for statistics
     # and UNAVAILABLE while a model or the server stops, and models may use the same codes for their own errors.
-    return (
-        detail.startswith("Request for unknown model")
-        or (detail.startswith("requested model") and detail.endswith("is not available"))
-        or "is stopping" in detail
+    return detail.startswith(("Request for unknown model", "Server is stopping")) or (
+        detail.startswith("requested model") and "is not available" in detail
     )

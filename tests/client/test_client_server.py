@@ -160,6 +160,8 @@ def test_an_unknown_model_is_answered_with_the_models_that_there_are(
 def test_an_unknown_version_is_not_ready(client: Client) -> None:
     with pytest.raises(ModelNotReady, match="version 9 is not found"):
         client.infer("pair", {}, version="9")
+    with pytest.raises(ModelNotReady, match="not available for model 'pair'"):
+        client.statistics("pair", version="9")
     assert client.is_ready("pair", version="1")
     assert not client.is_ready("pair", version="9")
 

@@ -1,0 +1,22 @@
+"""The examples of the client's documentation, run as they are written."""
+
+import re
+from pathlib import Path
+
+import pytest
+from served_models import RunningServer
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("page", ["docs/client.md", "client/README.md"])
+def test_the_examples_run(page: str, server: RunningServer) -> None:
+    examples = re.findall(
+        r"^```python\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    )
+    assert examples
+    namespace: dict[str, object] = {}
+    for example in examples:
+        here = example.replace("127.0.0.1:8001", server.grpc_url).replace("127.0.0.1:8000", server.http_url)
+        exec(compile(here.replace("smollm2-135m-int4-awq", "llm"), page, "exec"), namespace)
