@@ -8,16 +8,11 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from enginesmith.checkpoints.canonical import COPIED_FILES
-from enginesmith.checkpoints.tensors import CONFIG_FILE, INDEX_FILE, SINGLE_FILE
+from enginesmith.checkpoints.tensors import CONFIG_FILE, INDEX_FILE, PICKLED_HINT, SINGLE_FILE
 from enginesmith.checkpoints.tokenizer import COPIED_FILES as TOKENIZER_FILES
 from enginesmith.checkpoints.tokenizer import SLOW_TOKENIZER_FILES
 from enginesmith.errors import SourceError
 
-_PICKLED_HINT = (
-    "pickled weights (pytorch_model*.bin) can run code when they are read; convert them where you trust them: "
-    "python -c \"from transformers import AutoModelForCausalLM as M; M.from_pretrained('OLD', dtype='auto')"
-    ".save_pretrained('NEW')\", and use NEW as the path"
-)
 _MAX_LISTED = 12
 
 
@@ -67,7 +62,7 @@ def model_among(paths: Collection[str], *, member: str | None, origin: str) -> M
         pickled = any(_name(path).startswith("pytorch_model") and path.endswith(".bin") for path in paths)
         raise SourceError(
             f"{origin} holds no model: no directory with {CONFIG_FILE} and safetensors weights, and no .gguf file",
-            hint=_PICKLED_HINT if pickled else None,
+            hint=PICKLED_HINT if pickled else None,
         )
     raise SourceError(
         f"{origin} holds several models; {_listed(directories or gguf_files)}",

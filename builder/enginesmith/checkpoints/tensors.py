@@ -50,6 +50,12 @@ NUMPY_DTYPES: Mapping[str, np.dtype[Any]] = {
 }
 """NumPy's dtype for each safetensors dtype that can be read."""
 
+PICKLED_HINT = (
+    "pickled weights (pytorch_model*.bin) can run code when they are read; convert them where you trust them: "
+    "python -c \"from transformers import AutoModelForCausalLM as M; M.from_pretrained('OLD', dtype='auto')"
+    ".save_pretrained('NEW')\", copy the tokenizer files beside them and give NEW as the path"
+)
+
 _MAX_HEADER_BYTES = 100_000_000  # The reference implementation's own limit.
 _DAMAGED_HINT = "fetch this file again; a copy or download that was cut off looks like this"
 
@@ -285,11 +291,7 @@ def _hint_for_other_weights(directory: Path) -> str:
         return "the directory does not exist; give the directory that holds config.json"
     pickled = sorted(path.name for path in directory.glob("pytorch_model*.bin"))
     if pickled:
-        return (
-            f"{pickled[0]} is in the old pickle format, which can run code when it is read; convert it where you trust it: "
-            "python -c \"from transformers import AutoModelForCausalLM as M; M.from_pretrained('OLD', dtype='auto').save_pretrained('NEW')\" "
-            "and copy the tokenizer files beside it"
-        )
+        return f"{pickled[0]} is not read: {PICKLED_HINT}"
     return "give the directory that holds config.json and the safetensors files"
 
 
