@@ -41,6 +41,7 @@ from enginesmith_client._transport import TRANSPORTS
 _POLL_INTERVAL_S = 0.2
 _PROBE_TIMEOUT_S = 5.0
 _LISTED_MODELS = 20
+_LISTING_TIMEOUT_S = 1.0
 
 Result = TypeVar("Result")
 
@@ -49,7 +50,8 @@ class Client:
     """A connection to one Triton server, for use as a context manager or until ``close``.
 
     Connects on the first call. Safe to use from several threads. Every call is over within its ``timeout_s``
-    (default: the client's), which covers all messages that the call needs. All errors are ``TritonClientError``.
+    (default: the client's), which covers all messages that the call needs; only finding out for an error message
+    which models there are may add a second. All errors are ``TritonClientError``.
     """
 
     def __init__(self, url: str, *, protocol: Protocol | None = None, timeout_s: float = 60.0) -> None:
@@ -229,6 +231,7 @@ class Client:
         ask: Callable[[ModelMetadata, Deadline], InferResult],
     ) -> InferResult:
         """Ask with the cached metadata; if that is refused and the model has changed meanwhile, once more."""
+        _check_model(model, version)
         known = self._known.get((model, version))
         if known is not None:
             try:
@@ -259,7 +262,7 @@ class Client:
     def _list_models(self, wanted: str | None) -> str:
         """What the server serves, in words. Runs while an error is being made, so it raises none of its own."""
         try:
-            return _listing(self.models(timeout_s=_PROBE_TIMEOUT_S), wanted)
+            return _listing(self.models(timeout_s=_LISTING_TIMEOUT_S), wanted)
         except TritonClientError as error:
             return f"the list of the server's models could not be read: {error.message}"
 

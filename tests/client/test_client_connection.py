@@ -71,19 +71,18 @@ def test_a_server_that_never_answers_cannot_hold_a_call(protocol: str) -> None:
             client.models()
 
 
-def test_an_answer_that_trickles_in_cannot_hold_a_call() -> None:
-    def trickle(connection: socket.socket) -> None:
+def test_an_answer_that_never_ends_cannot_hold_a_call() -> None:
+    def flow(connection: socket.socket) -> None:
         connection.recv(1 << 16)
-        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n")
+        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000000000\r\n\r\n")
         try:
             while True:
                 connection.sendall(b" ")
-                time.sleep(0.01)
         except OSError:
             return
 
     with (
-        listener(trickle) as url,
+        listener(flow) as url,
         Client(f"http://{url}", timeout_s=0.3) as client,
         pytest.raises(DeadlineExceeded),
     ):

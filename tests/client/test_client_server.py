@@ -172,10 +172,10 @@ def test_a_version_that_is_not_a_number_is_refused(client: Client, version: Any)
         client.infer("pair", {}, version=version)
 
 
-@pytest.mark.parametrize("model", ["", "\ud800", None])
+@pytest.mark.parametrize("model", ["", "\ud800", None, ["echo"]])
 def test_a_name_that_no_model_can_have_is_refused(client: Client, model: Any) -> None:
     with pytest.raises(InvalidInput):
-        client.metadata(model)
+        client.infer(model, {})
 
 
 def test_a_name_that_is_no_part_of_a_url_never_reaches_another_endpoint(client: Client) -> None:
