@@ -140,7 +140,10 @@ class ArtifactStore:
         with ExitStack() as stack:
             try:
                 stack.enter_context(self.lock(key, timeout_s=0))
+                busy = False
             except Timeout:
+                busy = True
+            if busy:
                 on_wait()
                 stack.enter_context(self.lock(key, timeout_s=-1, cancelled=cancelled))
             for stale in (self.root / "staging").glob(f"{key}.*"):
