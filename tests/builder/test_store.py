@@ -75,9 +75,13 @@ def test_unknown_key_is_none_and_makes_nothing(store: _Recording) -> None:
 
 
 def test_what_is_not_committed_leaves_nothing(store: _Recording) -> None:
-    with pytest.raises(RuntimeError), store.staging(KEY) as staging:
-        (staging.files / "half").write_text("x")
-        raise RuntimeError
+    def fail_half_way() -> None:
+        with store.staging(KEY) as staging:
+            (staging.files / "half").write_text("x")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail_half_way()
     assert _leftovers(store) == []
     assert store.get(KEY) is None
 
@@ -153,9 +157,10 @@ def test_entry_under_another_key_is_damage(store: _Recording) -> None:
 
 
 def test_link_cannot_be_committed(store: _Recording) -> None:
-    with pytest.raises(StoreError, match="is a link"), store.staging(KEY) as staging:
+    with store.staging(KEY) as staging:
         (staging.files / "a").symlink_to("/etc/hostname")
-        staging.commit(kind="fetch", parts={}, facts={}, duration_s=0, peak_rss_bytes=0)
+        with pytest.raises(StoreError, match="is a link"):
+            staging.commit(kind="fetch", parts={}, facts={}, duration_s=0, peak_rss_bytes=0)
     assert _leftovers(store) == []
 
 
@@ -186,11 +191,14 @@ def test_disk_that_is_really_full_is_one_error_and_no_entry(tmp_path: Path) -> N
         pytest.skip("mounting a small file system is not permitted here")
     try:
         store = ArtifactStore(disk / "store")
-        with pytest.raises(StoreError, match="disk is full"), store.staging(KEY) as staging:
+        with store.staging(KEY) as staging:
             with (staging.files / "big").open("wb", buffering=0) as file:
                 while file.write(bytes(4096)) == 4096 and shutil.disk_usage(disk).free:
                     pass
-            staging.commit(kind="fetch", parts={"x": "y" * 9000}, facts={}, duration_s=0, peak_rss_bytes=0)
+            with pytest.raises(StoreError, match="disk is full"):
+                staging.commit(
+                    kind="fetch", parts={"x": "y" * 9000}, facts={}, duration_s=0, peak_rss_bytes=0
+                )
         assert _leftovers(store) == []
         _put(store)
         assert store.get(KEY) is not None
