@@ -86,3 +86,7 @@ def _write_traceback() -> str:
     ) as file:
         file.write(traceback.format_exc())
     return file.name
+
+
+if __name__ == "__main__":
+    main()

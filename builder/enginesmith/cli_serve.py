@@ -97,7 +97,7 @@ def ask(
         raise ToolchainError(
             "this needs enginesmith-client", hint="pip install 'enginesmith[serve]'"
         ) from error
-    text = click.get_text_stream("stdin").read() if prompt == "-" else prompt
+    text = _text_from_stdin() if prompt == "-" else prompt
     try:
         with Client(url, timeout_s=timeout_s) as client:
             answer = client.generate(
@@ -109,6 +109,16 @@ def ask(
         print_json(plain(answer))
     else:
         click.echo(answer.text)
+
+
+def _text_from_stdin() -> str:
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise OperatorError(
+            f"the prompt on stdin is not UTF-8: {error.reason} at byte {error.start}",
+            hint="convert it, e.g. with `iconv -f ENCODING -t UTF-8`",
+        ) from error
 
 
 VERBS = (serve, ask)

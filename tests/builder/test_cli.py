@@ -124,6 +124,13 @@ def test_nothing_unbuilt_is_published(capsys: pytest.CaptureFixture[str], spec: 
     assert not (tmp_path / "repository").exists()
 
 
+def test_prompt_that_is_not_utf8_is_explained() -> None:
+    command = [sys.executable, "-m", "enginesmith.cli", "ask", "m", "-"]
+    done = subprocess.run(command, input=b"caf\xe9", capture_output=True)
+    assert done.returncode == 1
+    assert b"the prompt on stdin is not UTF-8: unexpected end of data at byte 3" in done.stderr
+
+
 def test_schema_is_printed_and_checked(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     _, out, _ = _run(capsys, "schema")
     file = tmp_path / "schema.json"
