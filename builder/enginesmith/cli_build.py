@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -16,8 +16,12 @@ from enginesmith.cli_options import JSON_OPTION, SERVER_OPTION, plain, print_jso
 from enginesmith.errors import EnginesmithError, GateError, OperatorError
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
+    from enginesmith.build import BuildResult
     from enginesmith.plan import Plan
     from enginesmith.publish.local import Publication
+    from enginesmith.report import BuildReport
     from enginesmith.store import Artifact, ArtifactStore
 
 _SPEC = click.argument("spec", type=click.Path(path_type=Path))
@@ -105,14 +109,11 @@ def build(
       enginesmith build models/smollm2-135m.yaml --variant int4-awq --publish model_repository
       enginesmith build models/*.yaml --keep-going --jobs 2 --json > report.json
     """
-    from enginesmith.build import build as run_build
-    from enginesmith.console import build_display
     from enginesmith.report import build_report
 
     store = _open_store(store_root)
     plans = [_make_plan(spec, store, variants, server=server) for spec in specs]
-    with build_display(sys.stderr) as on_event:
-        result = run_build(plans, store, jobs=jobs, keep_going=keep_going, on_event=on_event)
+    result = _build_shown(plans, store, jobs=jobs, keep_going=keep_going)
     reports = [build_report(made, result.artifacts) for made in plans]
     publications = [
         publication
@@ -129,7 +130,7 @@ def build(
             }
         )
     else:
-        _print_tables([report.as_table() for report in reports])
+        print_tables([report.as_table() for report in reports])
     for publication in publications:
         click.echo(_publication_line(publication), err=True)
     if result.errors:
@@ -250,6 +251,33 @@ def schema(check: Path | None) -> None:
         )
 
 
+def build_and_publish(
+    store_root: Path, spec: Path, repository: Path, *, jobs: int, server: str
+) -> tuple[BuildReport, list[Publication]]:
+    """Build every variant of a spec and publish them all, shown on stderr as the verb ``build`` does.
+
+    Raises:
+        EnginesmithError: something failed; what was finished is kept.
+    """
+    from enginesmith.report import build_report
+
+    store = _open_store(store_root)
+    made = _make_plan(spec, store, (), server=server)
+    artifacts = _build_shown([made], store, jobs=jobs, keep_going=False).artifacts
+    publications = _publish(made, artifacts, repository, skip_incomplete=False)
+    for publication in publications:
+        click.echo(_publication_line(publication), err=True)
+    return build_report(made, artifacts), publications
+
+
+def _build_shown(plans: Sequence[Plan], store: ArtifactStore, *, jobs: int, keep_going: bool) -> BuildResult:
+    from enginesmith.build import build as run_build
+    from enginesmith.console import build_display
+
+    with build_display(sys.stderr) as on_event:
+        return run_build(plans, store, jobs=jobs, keep_going=keep_going, on_event=on_event)
+
+
 class _SeveralFailedError(EnginesmithError):
     """Several steps failed; the status is that of the first."""
 
@@ -301,7 +329,8 @@ def _publication_line(publication: Publication) -> str:
     return f"{state} {publication.model} version {publication.version} in {publication.path.parent.parent}"
 
 
-def _print_tables(tables: Sequence[Any]) -> None:
+def print_tables(tables: Sequence[Table]) -> None:
+    """Print tables on stdout: as wide as the terminal, and uncut where there is none."""
     from rich.console import Console
 
     # A pipe has no width of its own; the table must not be cut there.

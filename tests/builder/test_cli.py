@@ -20,7 +20,7 @@ from enginesmith.spec import load_spec
 from enginesmith.store import ArtifactStore
 
 ROOT = Path(__file__).parents[2]
-VERBS = ("plan", "build", "publish", "serve", "ask", "gc", "schema")
+VERBS = ("plan", "build", "publish", "serve", "ask", "gc", "schema", "demo")
 HEAVY = (
     "torch",
     "onnxruntime",
