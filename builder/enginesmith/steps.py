@@ -69,7 +69,7 @@ STEP_KINDS: Mapping[StepName, StepKind] = {
         StepKind(
             "fetch",
             "enginesmith.checkpoints.fetch:run",
-            ("torch", "transformers", "gguf", "safetensors", "huggingface-hub"),
+            ("transformers", "tokenizers", "gguf", "huggingface-hub", "numpy", "ml-dtypes"),
             ("enginesmith.checkpoints",),
             unkeyed_params=("location",),
         ),

@@ -36,6 +36,8 @@ Kind = Literal["plain", "int8_wo", "int8_sq", "int4_awq", "fp8"]
 INT8_BLOCK = 64
 """Columns per scale when per-row INT8 weights run as MatMulNBits; the scale of a row is repeated."""
 _ZERO_POINT_8 = 128
+_INT8_BOUND = 127.0
+_FP8_BOUND = 448.0
 
 
 @dataclass(frozen=True)
@@ -269,7 +271,7 @@ class LinearWriter:
         assert layer.input_scale is not None
         codes = (layer.weight.T.astype(np.int16) + _ZERO_POINT_8).astype(np.uint8)
         zero_point = self._graph.scalar(_ZERO_POINT_8, np.uint8)
-        quantized = self._quantize_input(value, layer.input_scale, zero_point, name)
+        quantized = self._quantize_input(value, layer.input_scale, zero_point, name, bound=_INT8_BOUND)
         weight_zero_points = self._graph.weight(
             f"zero_points/{layer.rows}", np.full(layer.rows, _ZERO_POINT_8, np.uint8)
         )
@@ -290,7 +292,7 @@ class LinearWriter:
     def _fp8(self, layer: Linear, value: str, name: str) -> str:
         assert layer.weight_scale is not None
         assert layer.input_scale is not None
-        quantized = self._quantize_input(value, layer.input_scale, self.fp8_zero(), name)
+        quantized = self._quantize_input(value, layer.input_scale, self.fp8_zero(), name, bound=_FP8_BOUND)
         scale = self._graph.scalar(float(np.float32(layer.input_scale)), np.float32)
         if quantized not in self._dequantized_inputs:
             inputs = [quantized, scale, self.fp8_zero()]
@@ -313,11 +315,22 @@ class LinearWriter:
         """The zero point that makes QuantizeLinear produce FP8 (E4M3)."""
         return self._graph.weight("zero/fp8", np.zeros((), ml_dtypes.float8_e4m3fn))
 
-    def _quantize_input(self, value: str, scale: float, zero_point: str, name: str) -> str:
-        """``value`` quantized per tensor; layers that read the same value with the same scale share the node."""
+    def _quantize_input(self, value: str, scale: float, zero_point: str, name: str, *, bound: float) -> str:
+        """``value`` quantized per tensor; layers that read the same value with the same scale share the node.
+
+        ModelOpt multiplies by ``bound / amax`` where ONNX divides by the scale; the results differ in the last bit and
+        now and then round to another integer. Exact mode does as ModelOpt does.
+        """
         key = (value, scale)
         if key not in self._quantized_inputs:
-            inputs = [value, self._graph.scalar(float(np.float32(scale)), np.float32), zero_point]
+            divisor = scale
+            if self._accuracy_level == 1:
+                factor = np.float32(bound) / (np.float32(scale) * np.float32(bound))
+                value = self._graph.node(
+                    "Mul", [value, self._graph.scalar(float(factor), np.float32)], f"{name}/scaled_input"
+                )
+                divisor = 1.0
+            inputs = [value, self._graph.scalar(float(np.float32(divisor)), np.float32), zero_point]
             self._quantized_inputs[key] = self._graph.node(
                 "QuantizeLinear", inputs, f"{name}/quantized_input"
             )
