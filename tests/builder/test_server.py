@@ -78,6 +78,15 @@ def test_the_backends_of_the_wheel_are_assembled_once(
     assert list((tmp_path / "enginesmith").iterdir()) == [directory]
 
 
+def test_numpy_2_is_refused_for_the_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    metadata = tmp_path / "numpy-2.1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: numpy\nVersion: 2.1.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ToolchainError, match=r"needs numpy<2, installed is 2\.1\.0"):
+        find_server()
+
+
 def test_a_missing_repository_is_refused_before_anything_starts(tmp_path: Path) -> None:
     with pytest.raises(ServerError, match="no model repository"):
         TritonServer(tmp_path / "nowhere").start()
