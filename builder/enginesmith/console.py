@@ -66,7 +66,7 @@ def _live_display(stream: TextIO) -> Iterator[OnEvent]:
 
     columns = (
         SpinnerColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TimeElapsedColumn(),
         TextColumn("{task.fields[note]}", markup=False),
@@ -88,10 +88,8 @@ class _LiveDisplay:
             title = f"{event.step.kind} {event.step.variant or ''}"
             self._tasks[key] = self._progress.add_task(title, total=None, note="")
         elif event.state == "progress":
-            known = {} if event.fraction is None else {"total": 1.0, "completed": event.fraction}
-            self._progress.update(
-                self._tasks[key], note=event.note, total=known.get("total"), completed=known.get("completed")
-            )
+            total = None if event.fraction is None else 1.0
+            self._progress.update(self._tasks[key], note=event.note, total=total, completed=event.fraction)
         elif event.state in ("cached", "built", "failed", "skipped") and key in self._tasks:
             self._progress.remove_task(self._tasks.pop(key))
         if line := event_line(event):

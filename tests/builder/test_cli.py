@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -10,14 +11,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_steps import write_project
+from tiny_steps import KINDS, write_project
 
 from enginesmith import cli
-from enginesmith.build import build
-from enginesmith.console import build_display, event_line
-from enginesmith.plan import make_plan
+from enginesmith.build import BuildEvent, build
+from enginesmith.console import build_display, event_line, work_display
+from enginesmith.plan import Step, make_plan
 from enginesmith.spec import load_spec
-from enginesmith.store import ArtifactStore
+from enginesmith.store import Artifact, ArtifactStore
 
 ROOT = Path(__file__).parents[2]
 VERBS = ("plan", "build", "publish", "serve", "ask", "gc", "schema", "demo")
@@ -180,8 +181,6 @@ def test_damaged_entry_is_reported_on_stderr_by_a_real_build(
 def test_plain_display_prints_a_line_for_each_finished_step(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, spec: Path, tmp_path: Path
 ) -> None:
-    from tiny_steps import KINDS
-
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     monkeypatch.setenv("TINY_STEPS", str(tmp_path))
     store = ArtifactStore(tmp_path / "store")
@@ -199,10 +198,34 @@ def test_plain_display_prints_a_line_for_each_finished_step(
     assert lines[17].split() == ["[9/9]", "rehearse", "wo", "cached"]
 
 
-def test_started_steps_have_no_line_of_their_own() -> None:
-    from enginesmith.build import BuildEvent
-    from enginesmith.plan import Step
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
 
+
+def test_terminal_shows_the_same_lines_and_what_is_running(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    artifact = Artifact("k", "quantize", tmp_path, {}, {}, {}, 0.0, 14.23, 1)
+    step = Step("quantize", "[wo]", {}, {}, {"tools": {}}, "k")
+    terminal = _Terminal()
+    with build_display(terminal) as on_event:
+        on_event(BuildEvent("started", step, 0, 9))
+        on_event(BuildEvent("progress", step, 0, 9, fraction=0.5, note="[layer] 3"))
+        on_event(BuildEvent("built", step, 1, 9, artifact=artifact))
+    assert "[1/9]   quantize   [wo]          14.2s  0 B" in terminal.getvalue()
+
+
+def test_work_display_prints_each_note_once_where_there_is_no_terminal() -> None:
+    stream = io.StringIO()
+    with work_display(stream) as on_progress:
+        for note in ("loading", "loading", "ready"):
+            on_progress(None, note)
+    assert stream.getvalue() == "loading\nready\n"
+
+
+def test_started_steps_have_no_line_of_their_own() -> None:
     step = Step("quantize", "wo", {}, {}, {"tools": {}}, "k")
     assert event_line(BuildEvent("started", step, 0, 9)) is None
     assert event_line(BuildEvent("failed", step, 3, 9)) == "[3/9]   quantize   wo            FAILED"
