@@ -32,7 +32,10 @@ def load_documents(corpus: Mapping[str, Any], corpus_path: Path | None = None) -
         SourceError: the corpus is missing, empty, damaged, or lacks the field that was asked for.
     """
     if corpus.get("builtin") is not None:
-        documents, origin = _builtin_documents(corpus["builtin"]), f"the built-in corpus {corpus['builtin']!r}"
+        documents, origin = (
+            _builtin_documents(corpus["builtin"]),
+            f"the built-in corpus {corpus['builtin']!r}",
+        )
     elif corpus.get("dataset") is not None:
         documents, origin = _dataset_documents(corpus, corpus_path), f"dataset {corpus['dataset']!r}"
     else:
@@ -40,7 +43,9 @@ def load_documents(corpus: Mapping[str, Any], corpus_path: Path | None = None) -
         documents, origin = _file_documents(path, field=corpus.get("field", "text")), str(path)
     documents = [document for document in documents if document.strip()]
     if not documents:
-        raise SourceError(f"{origin} holds no text", hint="give a corpus with at least one document that is not blank")
+        raise SourceError(
+            f"{origin} holds no text", hint="give a corpus with at least one document that is not blank"
+        )
     return documents
 
 
@@ -74,7 +79,8 @@ def token_windows(
             hint=f"use at most {stream.size // length} windows of this length, shorter windows, or a larger corpus",
         )
     windows = stream[: stream.size // length * length].reshape(-1, length)
-    return windows[np.random.default_rng(seed).permutation(len(windows))[:count]]
+    chosen: npt.NDArray[np.int64] = windows[np.random.default_rng(seed).permutation(len(windows))[:count]]
+    return chosen
 
 
 def _token_stream(documents: Sequence[str], tokenizer_dir: Path) -> npt.NDArray[np.int64]:
@@ -88,11 +94,16 @@ def _token_stream(documents: Sequence[str], tokenizer_dir: Path) -> npt.NDArray[
         )
     try:
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # noqa: BLE001 - tokenizers raises bare Exception for every kind of bad file.
-        raise SourceError(f"{path} is not a tokenizer that this version of tokenizers can read: {error}") from error
+    except Exception as error:  # tokenizers raises bare Exception for every kind of bad file.
+        raise SourceError(
+            f"{path} is not a tokenizer that this version of tokenizers can read: {error}"
+        ) from error
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    batches = [documents[start : start + _DOCUMENTS_PER_BATCH] for start in range(0, len(documents), _DOCUMENTS_PER_BATCH)]
+    batches = [
+        documents[start : start + _DOCUMENTS_PER_BATCH]
+        for start in range(0, len(documents), _DOCUMENTS_PER_BATCH)
+    ]
     ids = [
         np.asarray(encoding.ids, dtype=np.int64)
         for batch in batches
@@ -115,7 +126,9 @@ def _file_documents(path: Path, *, field: str) -> list[str]:
     try:
         content = path.read_bytes()
     except FileNotFoundError as error:
-        raise SourceError(f"corpus {path} does not exist", hint="paths in a spec are relative to the spec's directory") from error
+        raise SourceError(
+            f"corpus {path} does not exist", hint="paths in a spec are relative to the spec's directory"
+        ) from error
     except OSError as error:
         raise SourceError(f"cannot read corpus {path}: {error.strerror}") from error
     try:
@@ -165,7 +178,9 @@ def _dataset_documents(corpus: Mapping[str, Any], corpus_path: Path | None) -> l
     split, column = corpus.get("split", "train"), corpus.get("field", "text")
     datasets.disable_progress_bars()
     try:
-        dataset = datasets.load_dataset(name, corpus.get("config"), split=split, revision=corpus.get("revision"))
+        dataset = datasets.load_dataset(
+            name, corpus.get("config"), split=split, revision=corpus.get("revision")
+        )
     except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip() or type(error).__name__
         raise SourceError(
@@ -179,5 +194,7 @@ def _dataset_documents(corpus: Mapping[str, Any], corpus_path: Path | None) -> l
         )
     texts = list(dataset[column])
     if not all(isinstance(text, str) for text in texts):
-        raise SourceError(f"column {column!r} of dataset {name!r} does not hold text; seen: {dataset.features[column]}")
+        raise SourceError(
+            f"column {column!r} of dataset {name!r} does not hold text; seen: {dataset.features[column]}"
+        )
     return texts

@@ -56,7 +56,9 @@ def require_modelopt() -> None:
     try:
         version = metadata.version("nvidia-modelopt")
     except metadata.PackageNotFoundError as error:
-        raise ToolchainError("nvidia-modelopt is not installed", hint="install enginesmith with the extra `build`") from error
+        raise ToolchainError(
+            "nvidia-modelopt is not installed", hint="install enginesmith with the extra `build`"
+        ) from error
     if not version.startswith(MODELOPT_SERIES):
         raise ToolchainError(
             f"nvidia-modelopt {version} is installed; {MODELOPT_SERIES}x is needed, because the meaning of its presets, "
@@ -83,7 +85,9 @@ def load_model(directory: Path) -> Any:
             return model
         require_modelopt()
         scheme = _scheme_of(tensors)
-        layers = [name.removesuffix(".weight_scale") for name in tensors.names() if name.endswith(".weight_scale")]
+        layers = [
+            name.removesuffix(".weight_scale") for name in tensors.names() if name.endswith(".weight_scale")
+        ]
         _copy_tensors(model, tensors, skip=[f"{layer}.weight" for layer in layers])
         _restore_quantizers(model, tensors, scheme, layers)
         return model
@@ -102,13 +106,24 @@ def read_tensor(tensors: CheckpointTensors, name: str) -> Any:
     return torch.from_numpy(array.reshape(-1).view(carrier)).view(_TORCH_DTYPES[dtype]).reshape(array.shape)
 
 
+def storage_dtype(checkpoint: Path) -> Any:
+    """The dtype of the largest tensor of an unquantized checkpoint."""
+    tensors = CheckpointTensors(checkpoint)
+    return _TORCH_DTYPES[tensors.dtype(max(tensors.names(), key=tensors.nbytes))]
+
+
 def linear_names(model: Any) -> list[str]:
     """The full names of the model's linear layers, in the model's order."""
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
 
 
 def quantizer_config(
-    scheme: Scheme, *, layers: Collection[str], linears: Collection[str], group_size: int | None, fp8_kv_cache: bool
+    scheme: Scheme,
+    *,
+    layers: Collection[str],
+    linears: Collection[str],
+    group_size: int | None,
+    fp8_kv_cache: bool,
 ) -> list[dict[str, Any]]:
     """ModelOpt's ``quant_cfg``: the scheme's preset on ``layers`` (names from ``linears``), nothing on the others."""
     import modelopt.torch.quantization as mtq
@@ -182,7 +197,9 @@ def _copy_tensors(model: Any, tensors: CheckpointTensors, *, skip: Collection[st
         written.add(id(parameters[name]))
     missing = [name for name, parameter in parameters.items() if id(parameter) not in written]
     if missing:
-        raise SourceError(f"checkpoint {tensors.directory} lacks {len(missing)} tensors of its architecture, first {missing[0]}")
+        raise SourceError(
+            f"checkpoint {tensors.directory} lacks {len(missing)} tensors of its architecture, first {missing[0]}"
+        )
 
 
 def _scheme_of(tensors: CheckpointTensors) -> Scheme:
@@ -194,7 +211,9 @@ def _scheme_of(tensors: CheckpointTensors) -> Scheme:
             f"checkpoint {tensors.directory} has quant_algo {algorithm!r}; supported: {', '.join(schemes)}"
         )
     if kv_cache not in (None, "FP8"):
-        raise SourceError(f"checkpoint {tensors.directory} has kv_cache_quant_algo {kv_cache!r}; supported: FP8, none")
+        raise SourceError(
+            f"checkpoint {tensors.directory} has kv_cache_quant_algo {kv_cache!r}; supported: FP8, none"
+        )
     return schemes[algorithm]
 
 
@@ -217,8 +236,12 @@ def _restore_quantizers(model: Any, tensors: CheckpointTensors, scheme: Scheme, 
     if fp8_kv_cache:
         for name, module in model.named_modules():
             if hasattr(module, "k_bmm_quantizer"):
-                module.k_bmm_quantizer.amax = read_tensor(tensors, f"{name}.k_proj.k_scale").float() * _FP8_MAX
-                module.v_bmm_quantizer.amax = read_tensor(tensors, f"{name}.v_proj.v_scale").float() * _FP8_MAX
+                module.k_bmm_quantizer.amax = (
+                    read_tensor(tensors, f"{name}.k_proj.k_scale").float() * _FP8_MAX
+                )
+                module.v_bmm_quantizer.amax = (
+                    read_tensor(tensors, f"{name}.v_proj.v_scale").float() * _FP8_MAX
+                )
 
 
 def _restore_layer(layer: Any, tensors: CheckpointTensors, name: str) -> None:
@@ -232,7 +255,9 @@ def _restore_layer(layer: Any, tensors: CheckpointTensors, name: str) -> None:
     layer.weight.copy_(weight)
     weight_amax = scale * layer.weight_quantizer.maxbound
     # Per tensor: a scalar. Per output channel or per group: one row each, as the quantizer lays them out.
-    layer.weight_quantizer.amax = weight_amax.reshape(()) if scale.numel() == 1 else weight_amax.reshape(-1, 1)
+    layer.weight_quantizer.amax = (
+        weight_amax.reshape(()) if scale.numel() == 1 else weight_amax.reshape(-1, 1)
+    )
     if f"{name}.input_scale" in tensors:
         input_scale = read_tensor(tensors, f"{name}.input_scale").float()
         layer.input_quantizer.amax = input_scale.reshape(()) * layer.input_quantizer.maxbound

@@ -74,7 +74,9 @@ def checks_of(measurements: Mapping[str, Any], params: Mapping[str, Any]) -> Ite
     yield from _probe_checks(measurements.get("probes") or (), max_repeated_run=params["max_repeated_run"])
 
 
-def _limit_checks(group: str, limits: Mapping[str, Any] | None, figures: Mapping[str, Any] | None) -> Iterator[Check]:
+def _limit_checks(
+    group: str, limits: Mapping[str, Any] | None, figures: Mapping[str, Any] | None
+) -> Iterator[Check]:
     for key, limit in (limits or {}).items():
         if limit is None:
             continue
@@ -89,7 +91,9 @@ def _probe_checks(probes: Any, *, max_repeated_run: int) -> Iterator[Check]:
         yield Check("probes", None, True, "is", passed=False)
     for index, probe in enumerate(probes, start=1):
         finite = probe.get("finite")
-        yield Check(f"probe {index} finite ({probe.get('prompt', '')!r})", finite, True, "is", passed=finite is True)
+        yield Check(
+            f"probe {index} finite ({probe.get('prompt', '')!r})", finite, True, "is", passed=finite is True
+        )
         longest = _finite(probe.get("longest_repeated_run"))
         passed = longest is not None and longest <= max_repeated_run
         yield Check(f"probe {index} longest repeated run", longest, max_repeated_run, "at most", passed)
@@ -99,7 +103,9 @@ def _read_measurements(path: Path) -> Mapping[str, Any]:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise SourceError(f"cannot read {path}: {error.strerror}", hint="run the measure step again") from error
+        raise SourceError(
+            f"cannot read {path}: {error.strerror}", hint="run the measure step again"
+        ) from error
     except ValueError as error:
         raise SourceError(f"{path} is not valid JSON: {error}", hint="run the measure step again") from error
     if not isinstance(document, dict):

@@ -8,13 +8,14 @@ checkpoint says what quantization costs.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from enginesmith import heap
 from enginesmith.corpora import corpus_sha256, load_documents, token_windows
 from enginesmith.errors import GateError
 from enginesmith.steps import StepContext
@@ -64,19 +65,22 @@ def load_reference(directory: Path) -> tuple[npt.NDArray[np.int64], Scores]:
 
 
 def scores_of_checkpoint(
-    checkpoint: Path, windows: npt.NDArray[np.int64], *, on_window: Any = lambda done: None
+    checkpoint: Path, windows: npt.NDArray[np.int64], *, on_window: Callable[[int], None] = lambda _done: None
 ) -> Scores:
     """PyTorch's scores of the (quantized or unquantized) ``checkpoint`` on ``windows``."""
     import torch
 
     from enginesmith.torch_models import load_model, third_party_warnings
 
+    heap.map_large_blocks()
     model = load_model(checkpoint)
     _fold_weights(model)
+    heap.reuse_large_blocks()
 
     def logits_of_tokens(tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         output = model(input_ids=torch.from_numpy(tokens)[None], use_cache=False)
         logits: npt.NDArray[np.float32] = output.logits[0].numpy()
+        heap.trim()
         return logits
 
     with torch.inference_mode(), third_party_warnings():

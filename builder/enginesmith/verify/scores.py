@@ -111,7 +111,7 @@ def scores_of_windows(
     logits_of_tokens: LogitsOfTokens,
     *,
     reference: Scores | None = None,
-    on_window: Callable[[int], None] = lambda done: None,
+    on_window: Callable[[int], None] = lambda _done: None,
 ) -> Scores:
     """The scores of a model on ``windows`` int64 [n, length]: each token but a window's last predicts the next.
 
@@ -137,12 +137,19 @@ def scores_of_windows(
 def join_scores(parts: Iterable[Scores]) -> Scores:
     """The scores of consecutive windows as one."""
     listed = list(parts)
-    return Scores(**{field.name: np.concatenate([getattr(part, field.name) for part in listed]) for field in fields(Scores)})
+    return Scores(
+        **{
+            field.name: np.concatenate([getattr(part, field.name) for part in listed])
+            for field in fields(Scores)
+        }
+    )
 
 
 def agreement(reference: Scores, candidate: Scores) -> Agreement:
     """How far ``candidate`` is from ``reference``; both are of the same windows, and the candidate was scored with ``reference=``."""
-    assert np.array_equal(reference.kept_ids, candidate.kept_ids), "the candidate was not scored at the reference's ids"
+    assert np.array_equal(reference.kept_ids, candidate.kept_ids), (
+        "the candidate was not scored at the reference's ids"
+    )
     full = min(len(reference.full_logits), len(candidate.full_logits))
     deltas = (
         np.abs(reference.full_logits[:full].astype(np.float64) - candidate.full_logits[:full]),
@@ -150,7 +157,9 @@ def agreement(reference: Scores, candidate: Scores) -> Agreement:
     )
     return Agreement(
         positions=len(reference.top1),
-        top1_agreement=float(np.mean(reference.top1 == candidate.top1)) if np.isfinite(candidate.logsumexp).all() else float("nan"),
+        top1_agreement=float(np.mean(reference.top1 == candidate.top1))
+        if np.isfinite(candidate.logsumexp).all()
+        else float("nan"),
         mean_logprob_delta=float(np.mean(np.abs(reference.logprob - candidate.logprob))),
         # max() would drop a NaN that does not come first; numpy's keeps it.
         max_logit_delta=float(np.max([delta.max() for delta in deltas if delta.size])),
