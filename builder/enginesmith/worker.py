@@ -66,7 +66,8 @@ def main(arguments: list[str]) -> int:
         )  # A program that the step starts must not keep the builder waiting.
     threading.Thread(target=_end_with_builder, args=(lifeline_fd,), daemon=True).start()
     answers = Answers(progress_fd)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # A builder in the background passes on that it is ignored.
+    # A builder in the background has inherited, and passes on, that interrupts are ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         facts = _run(json.loads(request_path.read_bytes()), answers)
         answers.send({"answer": "done", "facts": facts})
