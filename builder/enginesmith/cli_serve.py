@@ -70,6 +70,13 @@ def serve(repository: Path, *, server: str, http_port: int, grpc_port: int, metr
 @click.option("--seed", type=click.IntRange(min=0), help="Makes sampling repeatable.")
 @click.option("--raw", is_flag=True, help="Continue PROMPT as text, without the model's chat template.")
 @click.option("--timeout-s", type=click.FloatRange(min=0, min_open=True), default=120.0, show_default=True)
+@click.option(
+    "--wait-s",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    help="Wait this long for the server and the model to be ready.",
+)
 @JSON_OPTION
 def ask(
     model: str,
@@ -81,6 +88,7 @@ def ask(
     seed: int | None,
     raw: bool,
     timeout_s: float,
+    wait_s: float,
     as_json: bool,
 ) -> None:
     """Send PROMPT to MODEL on a running server and print the answer. PROMPT - reads stdin.
@@ -90,6 +98,7 @@ def ask(
       enginesmith ask smollm2-135m-int4-awq "What is a compiler?"
       enginesmith ask smollm2-135m-bf16 "Once upon a time" --raw --max-tokens 40
       enginesmith ask smollm2-135m-fp8 - --json < prompt.txt
+      enginesmith ask smollm2-135m-int8-wo "What is gravity?" --wait-s 120
     """
     try:
         from enginesmith_client import Client, TritonClientError
@@ -100,6 +109,8 @@ def ask(
     text = _text_from_stdin() if prompt == "-" else prompt
     try:
         with Client(url, timeout_s=timeout_s) as client:
+            if wait_s:
+                client.wait_ready(model, timeout_s=wait_s)
             answer = client.generate(
                 model, text, max_tokens=max_tokens, temperature=temperature, seed=seed, chat=not raw
             )
