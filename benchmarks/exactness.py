@@ -1,0 +1,254 @@
+"""How exactly engines compute what PyTorch computes from the same integers, and what that exactness is worth.
+
+First the figures that the build measured on every release: exact mode against PyTorch (the lowering), and fast mode
+against exact mode (what the runtime adds on its own). Then, for the model cut to its first layers, the same comparison
+beside a control: PyTorch against PyTorch with its embeddings changed by a relative 1e-7. Where the control differs as
+much as the engine does, the quantization itself amplifies the last bit of floating-point arithmetic, and no other
+implementation can agree better. A wrong operator would show in the first layer, far above the control.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from figures import Bar, Outcome, print_table, run_benchmark, say
+from releases import Project, Release, add_project_options, project_from, published_releases
+from truncation import Noise, layer_count, write_truncated
+
+from enginesmith.engines.onnxruntime import lower
+from enginesmith.store import ArtifactStore
+from enginesmith.verify.measure import teacher_forced
+from enginesmith.verify.reference import load_reference, scores_of_checkpoint
+from enginesmith.verify.scores import Scores, scores_of_windows
+
+MIN_TOP1 = 0.995
+MAX_MEAN_LOGPROB_DELTA = 0.01
+MAX_BASELINE_LOGIT_DELTA = 0.01
+MIN_POSITIONS = 2000
+DEPTHS = (1, 2, 4, 12, 30)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much to compare."""
+
+    depths: tuple[int, ...]
+    windows: int
+    controls: int
+    """Draws of the noise."""
+
+
+RECORD = Settings(depths=DEPTHS, windows=4, controls=2)
+QUICK = Settings(depths=(1, 4), windows=1, controls=1)
+
+
+@dataclass(frozen=True)
+class Closeness:
+    """How far two sets of scores are apart."""
+
+    top1_agreement: float
+    mean_logprob_delta: float
+    max_logprob_delta: float
+
+
+@dataclass(frozen=True)
+class Depth:
+    """One truncated model: the engine against PyTorch, and PyTorch against itself with noise (mean of the draws)."""
+
+    layers: int
+    engine: Closeness
+    control: Closeness
+
+
+@dataclass(frozen=True)
+class _LowerContext:
+    """What the ``lower`` step is given when it runs outside of a build."""
+
+    inputs: Mapping[str, Path]
+    out: Path
+    scratch: Path
+    params: Mapping[str, Any]
+
+    def progress(self, fraction: float | None, note: str = "") -> None:
+        """Nobody looks at it."""
+
+
+def measure(project: Project) -> Outcome:
+    """What the build measured, then the series over depth for every quantized variant."""
+    settings = QUICK if project.quick else RECORD
+    releases = published_releases(project)
+    store = ArtifactStore(project.store, warn=say)
+    measured = {release.variant: _measured(release) for release in releases}
+    _show_measured(measured)
+    series: dict[str, list[Depth]] = {}
+    for release in releases:
+        if release.scheme != "none":
+            series[release.variant] = _depth_series(release, store, settings)
+            _show_series(release.variant, series[release.variant])
+    figures = {
+        "variants": measured,
+        "by_depth": {name: [asdict(depth) for depth in depths] for name, depths in series.items()},
+    }
+    positions = settings.windows * (_windows(releases[0], store).shape[1] - 1)
+    described = asdict(settings) | {"noise": asdict(Noise(seed=0)), "positions_by_depth": positions}
+    return Outcome("exactness", described, figures, _bars(releases))
+
+
+def _measured(release: Release) -> dict[str, Any]:
+    facts = release.facts("measure")
+    return {"scheme": release.scheme} | {
+        name: facts[name] for name in ("exact", "fast_cost", "quality", "perplexity", "baseline_perplexity")
+    }
+
+
+def _windows(release: Release, store: ArtifactStore) -> npt.NDArray[np.int64]:
+    """Token windows int64 [n, length] of the build's own evaluation text."""
+    windows, _ = load_reference(release.artifact("shared reference", store).path)
+    return windows
+
+
+def _depth_series(release: Release, store: ArtifactStore, settings: Settings) -> list[Depth]:
+    checkpoint = release.artifact("quantize", store).path
+    windows = _windows(release, store)[: settings.windows]
+    whole = layer_count(checkpoint)
+    depths = sorted({min(depth, whole) for depth in settings.depths})
+    series = []
+    for layers in depths:
+        say(f"{release.variant}: first {layers} of {whole} layers")
+        with tempfile.TemporaryDirectory(prefix="enginesmith-bench-") as directory:
+            series.append(
+                _depth(checkpoint, windows, Path(directory), layers=layers, controls=settings.controls)
+            )
+    return series
+
+
+def _depth(
+    checkpoint: Path, windows: npt.NDArray[np.int64], directory: Path, *, layers: int, controls: int
+) -> Depth:
+    plain = write_truncated(checkpoint, directory / "plain", layers=layers)
+    reference = scores_of_checkpoint(plain, windows)
+    engine = _closeness(reference, _engine_scores(plain, windows, directory))
+    drawn = []
+    for seed in range(controls):
+        noisy = write_truncated(checkpoint, directory / f"noisy{seed}", layers=layers, noise=Noise(seed))
+        drawn.append(_closeness(reference, scores_of_checkpoint(noisy, windows)))
+    control = Closeness(
+        top1_agreement=float(np.mean([one.top1_agreement for one in drawn])),
+        mean_logprob_delta=float(np.mean([one.mean_logprob_delta for one in drawn])),
+        max_logprob_delta=max(one.max_logprob_delta for one in drawn),
+    )
+    return Depth(layers, engine, control)
+
+
+def _engine_scores(checkpoint: Path, windows: npt.NDArray[np.int64], directory: Path) -> Scores:
+    """The scores of the exact-mode engine that is lowered from ``checkpoint``."""
+    out, scratch = directory / "engine", directory / "scratch"
+    out.mkdir()
+    scratch.mkdir()
+    lower.run(_LowerContext({"checkpoint": checkpoint}, out, scratch, {"mode": "exact"}))
+    engine = json.loads((out / "engine.json").read_text(encoding="utf-8"))
+    return scores_of_windows(windows, teacher_forced(out / "exact.onnx", engine))
+
+
+def _closeness(reference: Scores, candidate: Scores) -> Closeness:
+    deltas = np.abs(reference.logprob - candidate.logprob)
+    return Closeness(
+        top1_agreement=float(np.mean(reference.top1 == candidate.top1)),
+        mean_logprob_delta=float(deltas.mean()),
+        max_logprob_delta=float(deltas.max()),
+    )
+
+
+def _bars(releases: Sequence[Release]) -> list[Bar]:
+    bars = []
+    for release in releases:
+        exact = release.facts("measure")["exact"]
+        name = release.variant
+        if release.scheme == "none":
+            largest = exact["max_logit_delta"]
+            bars.append(Bar(f"{name}: max |delta logit|", "at most", MAX_BASELINE_LOGIT_DELTA, largest))
+            bars.append(Bar(f"{name}: token positions", "at least", MIN_POSITIONS, exact["positions"]))
+            continue
+        top1, delta = exact["top1_agreement"], exact["mean_logprob_delta"]
+        bars.append(Bar(f"{name}: lowering, top-1 agreement", "at least", MIN_TOP1, top1))
+        bars.append(Bar(f"{name}: lowering, mean |delta log-prob|", "at most", MAX_MEAN_LOGPROB_DELTA, delta))
+    return bars
+
+
+def _show_measured(measured: Mapping[str, Mapping[str, Any]]) -> None:
+    headings = (
+        "variant",
+        "positions",
+        "lowering top-1",
+        "mean |dlogp|",
+        "max |dlogit|",
+        "fast top-1",
+        "fast mean |dlogp|",
+        "perplexity",
+        "unquantized",
+    )
+    rows = []
+    for name, figure in measured.items():
+        exact, fast = figure["exact"], figure["fast_cost"]
+        rows.append(
+            (
+                name,
+                str(exact["positions"]),
+                f"{exact['top1_agreement']:.2%}",
+                f"{exact['mean_logprob_delta']:.2g}",
+                f"{exact['max_logit_delta']:.2g}",
+                f"{fast['top1_agreement']:.2%}" if fast else "-",
+                f"{fast['mean_logprob_delta']:.2g}" if fast else "-",
+                f"{figure['perplexity']:.2f}",
+                f"{figure['baseline_perplexity']:.2f}",
+            )
+        )
+    print_table("measured by the build", headings, rows)
+
+
+def _show_series(variant: str, series: Sequence[Depth]) -> None:
+    headings = (
+        "layers",
+        "engine top-1",
+        "control top-1",
+        "engine mean |dlogp|",
+        "control mean |dlogp|",
+        "ratio",
+    )
+    rows = [
+        (
+            str(depth.layers),
+            f"{depth.engine.top1_agreement:.2%}",
+            f"{depth.control.top1_agreement:.2%}",
+            f"{depth.engine.mean_logprob_delta:.2g}",
+            f"{depth.control.mean_logprob_delta:.2g}",
+            f"{depth.engine.mean_logprob_delta / depth.control.mean_logprob_delta:.2f}"
+            if depth.control.mean_logprob_delta
+            else "-",
+        )
+        for depth in series
+    ]
+    print_table(
+        f"{variant}: first layers only; control: PyTorch against itself with 1e-7 noise", headings, rows
+    )
+
+
+def main() -> int:
+    """Measure as the command line says."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_project_options(parser)
+    given = parser.parse_args()
+    return run_benchmark(lambda: measure(project_from(given)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
