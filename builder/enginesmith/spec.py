@@ -143,7 +143,7 @@ class Verification(Part):
 
     corpus: Corpus = Corpus(builtin="english")
     tokens: int = Field(
-        default=2304, ge=64, description="Token positions to compare, in windows of `window`."
+        default=2040, ge=64, description="Token positions to compare, in windows of `window`."
     )
     window: int = Field(default=256, ge=16, description="Tokens per evaluation sequence.")
     seed: int = Field(

@@ -19,6 +19,9 @@ from enginesmith.steps import StepContext
 MEASUREMENTS_FILE = "measurements.json"
 VERDICT_FILE = "verdict.json"
 
+NOISE_FACTOR = 1.5
+"""An engine may differ from PyTorch this many times as much as PyTorch differs from itself under rounding noise."""
+
 _LIMITS: Mapping[str, tuple[str, Literal["at least", "at most"]]] = {
     "min_top1_agreement": ("top1_agreement", "at least"),
     "max_mean_logprob_delta": ("mean_logprob_delta", "at most"),
@@ -69,21 +72,39 @@ def checks_of(measurements: Mapping[str, Any], params: Mapping[str, Any]) -> Ite
     """Every check that ``params`` (the step's) asks for, applied to ``measurements``."""
     limits = params["limits"]
     exactness = "baseline" if params["scheme"] == "none" else "lowering"
-    yield from _limit_checks(exactness, limits.get(exactness), measurements.get("exact"))
+    noise = measurements.get("noise")
+    yield from _limit_checks(exactness, limits.get(exactness), measurements.get("exact"), noise=noise)
     yield from _limit_checks("quality", limits.get("quality"), measurements.get("quality"))
     yield from _probe_checks(measurements.get("probes") or (), max_repeated_run=params["max_repeated_run"])
 
 
 def _limit_checks(
-    group: str, limits: Mapping[str, Any] | None, figures: Mapping[str, Any] | None
+    group: str,
+    limits: Mapping[str, Any] | None,
+    figures: Mapping[str, Any] | None,
+    *,
+    noise: Mapping[str, Any] | None = None,
 ) -> Iterator[Check]:
-    for key, limit in (limits or {}).items():
-        if limit is None:
+    for key, wanted in (limits or {}).items():
+        if wanted is None:
             continue
         figure, relation = _LIMITS[key]
+        limit = _beyond_noise(wanted, figure, relation, noise)
         measured = _finite((figures or {}).get(figure))
         passed = measured is not None and (measured >= limit if relation == "at least" else measured <= limit)
         yield Check(f"{group}.{figure}", measured, limit, relation, passed)
+
+
+def _beyond_noise(
+    limit: float, figure: str, relation: Literal["at least", "at most"], noise: Mapping[str, Any] | None
+) -> float:
+    """``limit``, or what PyTorch's agreement with itself allows where that is worse than the limit."""
+    own = _finite((noise or {}).get(figure))
+    if own is None:
+        return limit
+    if relation == "at least":
+        return min(limit, 1 - NOISE_FACTOR * (1 - own))
+    return max(limit, NOISE_FACTOR * own)
 
 
 def _probe_checks(probes: Any, *, max_repeated_run: int) -> Iterator[Check]:

@@ -30,7 +30,7 @@ from enginesmith.triton.models.llm_onnxruntime.llm_runtime import (
 )
 from enginesmith.triton.models.llm_onnxruntime.llm_text import Text
 from enginesmith.verify.gate import MEASUREMENTS_FILE
-from enginesmith.verify.reference import load_reference
+from enginesmith.verify.reference import load_noise, load_reference
 from enginesmith.verify.scores import LogitsOfTokens, Scores, agreement, perplexity, scores_of_windows
 
 PROBES = (
@@ -58,6 +58,7 @@ def run(context: StepContext) -> Mapping[str, Any]:
     )
     measurements: dict[str, Any] = {
         "exact": asdict(agreement(reference, exact)),
+        "noise": load_noise(context.inputs["reference"]),
         "fast_cost": _closeness(exact, served) if approximates else None,
         "quality": _closeness(baseline, served) | _perplexities(baseline, served),
         "perplexity": perplexity(served),

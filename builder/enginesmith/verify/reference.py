@@ -7,8 +7,10 @@ checkpoint says what quantization costs.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,13 @@ from enginesmith import heap
 from enginesmith.corpora import corpus_sha256, load_documents, token_windows
 from enginesmith.errors import GateError
 from enginesmith.steps import StepContext
-from enginesmith.verify.scores import Scores, perplexity, scores_of_windows
+from enginesmith.verify.scores import Agreement, Scores, agreement, perplexity, scores_of_windows
 
 REFERENCE_FILE = "reference.npz"
+NOISE_FILE = "noise.json"
+NOISE_WINDOWS = 3
+"""Windows on which PyTorch is compared with itself."""
+_LAST_BIT = 2.0**-23
 
 
 def run(context: StepContext) -> Mapping[str, Any]:
@@ -43,16 +49,21 @@ def run(context: StepContext) -> Mapping[str, Any]:
         seed=params["seed"],
     )
     context.progress(0.0, "loading the model")
-    scores = scores_of_checkpoint(
-        context.inputs["checkpoint"],
+    model = _load(context.inputs["checkpoint"])
+    scores = _finite_scores(
+        model,
         windows,
+        context.inputs["checkpoint"],
         on_window=lambda done: context.progress(done / len(windows), f"window {done} of {len(windows)}"),
     )
     np.savez(context.out / REFERENCE_FILE, windows=windows, **scores.arrays())
+    noise = rounding_noise(model, windows[:NOISE_WINDOWS], scores) if _rounds_activations(model) else None
+    (context.out / NOISE_FILE).write_text(json.dumps(noise and asdict(noise)) + "\n", encoding="utf-8")
     return {
         "positions": len(scores.top1),
         "perplexity": perplexity(scores),
         "corpus_sha256": corpus_sha256(documents),
+        "noise": noise and asdict(noise),
     }
 
 
@@ -64,18 +75,62 @@ def load_reference(directory: Path) -> tuple[npt.NDArray[np.int64], Scores]:
     return windows, Scores.load(path)
 
 
-def scores_of_checkpoint(
-    checkpoint: Path, windows: npt.NDArray[np.int64], *, on_window: Callable[[int], None] = lambda _done: None
-) -> Scores:
+def load_noise(directory: Path) -> dict[str, Any] | None:
+    """How far PyTorch is from itself under rounding noise (an ``Agreement``), where that was measured."""
+    noise: dict[str, Any] | None = json.loads((directory / NOISE_FILE).read_text(encoding="utf-8"))
+    return noise
+
+
+def scores_of_checkpoint(checkpoint: Path, windows: npt.NDArray[np.int64]) -> Scores:
     """PyTorch's scores of the (quantized or unquantized) ``checkpoint`` on ``windows``."""
+    return _finite_scores(_load(checkpoint), windows, checkpoint, on_window=lambda _done: None)
+
+
+def rounding_noise(model: Any, windows: npt.NDArray[np.int64], reference: Scores) -> Agreement:
+    """How far ``model`` is from itself when the output of every layer changes in its last bit.
+
+    Rounding activations to a static grid is discontinuous: a value near the middle of two steps goes to the other one
+    when a sum is added in another order, and the layers behind multiply the difference. Two correct implementations in
+    FP32 cannot agree better than this; a wrong one agrees worse.
+    """
     import torch
 
-    from enginesmith.torch_models import load_model, third_party_warnings
+    generator = torch.Generator().manual_seed(0)
+
+    def disturb(_module: Any, _inputs: Any, output: Any) -> Any:
+        hidden, *rest = output if isinstance(output, tuple) else (output,)
+        hidden = hidden * (1 + _LAST_BIT * torch.randn(hidden.shape, generator=generator))
+        return (hidden, *rest) if isinstance(output, tuple) else hidden
+
+    hooks = [layer.register_forward_hook(disturb) for layer in model.model.layers]
+    first = reference.first(windows.shape[0] * (windows.shape[1] - 1))
+    try:
+        return agreement(first, _scores(model, windows, reference=first))
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _load(checkpoint: Path) -> Any:
+    from enginesmith.torch_models import load_model
 
     heap.map_large_blocks()
     model = load_model(checkpoint)
     _fold_weights(model)
     heap.reuse_large_blocks()
+    return model
+
+
+def _scores(
+    model: Any,
+    windows: npt.NDArray[np.int64],
+    *,
+    reference: Scores | None = None,
+    on_window: Callable[[int], None] = lambda _done: None,
+) -> Scores:
+    import torch
+
+    from enginesmith.torch_models import third_party_warnings
 
     def logits_of_tokens(tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         output = model(input_ids=torch.from_numpy(tokens)[None], use_cache=False)
@@ -84,15 +139,27 @@ def scores_of_checkpoint(
         return logits
 
     with torch.inference_mode(), third_party_warnings():
-        scores = scores_of_windows(windows, logits_of_tokens, on_window=on_window)
-    if not np.isfinite(scores.logsumexp).all():
-        position = int(np.flatnonzero(~np.isfinite(scores.logsumexp))[0])
+        return scores_of_windows(windows, logits_of_tokens, reference=reference, on_window=on_window)
+
+
+def _finite_scores(
+    model: Any, windows: npt.NDArray[np.int64], checkpoint: Path, *, on_window: Callable[[int], None]
+) -> Scores:
+    scores = _scores(model, windows, on_window=on_window)
+    bad = ~np.isfinite(scores.logsumexp)
+    if bad.any():
         raise GateError(
-            f"PyTorch's logits of {checkpoint} are not finite at {int((~np.isfinite(scores.logsumexp)).sum())} of "
-            f"{len(scores.logsumexp)} positions, first at position {position}",
+            f"PyTorch's logits of {checkpoint} are not finite at {int(bad.sum())} of {len(bad)} positions, "
+            f"first at position {int(np.flatnonzero(bad)[0])}",
             hint="the checkpoint itself holds NaN or overflowing weights; check its source",
         )
     return scores
+
+
+def _rounds_activations(model: Any) -> bool:
+    """Whether any layer quantizes its input."""
+    quantizers = (getattr(module, "input_quantizer", None) for module in model.modules())
+    return any(quantizer is not None and quantizer.is_enabled for quantizer in quantizers)
 
 
 def _fold_weights(model: Any) -> None:

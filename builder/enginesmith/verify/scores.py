@@ -47,6 +47,10 @@ class Scores:
         """The arrays by name, each with ``prefix``, for ``numpy.savez``."""
         return {prefix + field.name: getattr(self, field.name) for field in fields(self)}
 
+    def first(self, positions: int) -> Scores:
+        """The scores of the first ``positions``."""
+        return Scores(**{field.name: getattr(self, field.name)[:positions] for field in fields(self)})
+
     def save(self, path: Path) -> None:
         """Write the arrays to ``path`` (.npz)."""
         np.savez(path, allow_pickle=False, **self.arrays())
