@@ -15,7 +15,13 @@ import numpy.typing as npt
 from enginesmith.errors import SourceError
 
 SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3")
+_ROPE_SCALING_KEYS: Mapping[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+SUPPORTED_ROPE_TYPES = tuple(_ROPE_SCALING_KEYS)
+_CONFIG_HINT = "compare it with the config.json that the model was published with"
 
 
 @dataclass(frozen=True)
@@ -103,7 +109,7 @@ def architecture_from_config(config: Mapping[str, Any]) -> Architecture:
             layers=int(config["num_hidden_layers"]),
             heads=heads,
             kv_heads=int(config.get("num_key_value_heads") or heads),
-            head_dim=int(config.get("head_dim") or hidden // heads),
+            head_dim=_head_dim(name, config),
             vocab_size=int(config["vocab_size"]),
             norm_epsilon=float(config.get("rms_norm_eps", 1e-6)),
             max_positions=int(config["max_position_embeddings"]),
@@ -113,7 +119,17 @@ def architecture_from_config(config: Mapping[str, Any]) -> Architecture:
             windows=_windows(name, config),
         )
     except KeyError as error:
-        raise SourceError(f"config.json of {name} lacks the key {error}") from error
+        raise SourceError(f"config.json of {name} lacks the key {error}", hint=_CONFIG_HINT) from error
+    except (TypeError, ValueError) as error:
+        raise SourceError(
+            f"config.json of {name} holds a value of the wrong kind: {error}", hint=_CONFIG_HINT
+        ) from error
+
+
+def _head_dim(name: str, config: Mapping[str, Any]) -> int:
+    # Qwen3 is the one of the four whose default does not follow from the other sizes.
+    default = 128 if name == "Qwen3ForCausalLM" else config["hidden_size"] // config["num_attention_heads"]
+    return int(config.get("head_dim") or default)
 
 
 def _rope(config: Mapping[str, Any]) -> Rope:
@@ -121,25 +137,24 @@ def _rope(config: Mapping[str, Any]) -> Rope:
     parameters = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     kind = str(parameters.get("rope_type") or parameters.get("type") or "default")
     theta = float(parameters.get("rope_theta") or config.get("rope_theta") or 10000.0)
-    if kind not in SUPPORTED_ROPE_TYPES:
+    if kind not in _ROPE_SCALING_KEYS:
         raise SourceError(
             f"RoPE scaling {kind!r} cannot be lowered to ONNX Runtime; supported: {', '.join(SUPPORTED_ROPE_TYPES)}"
         )
-    if float(parameters.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))) != 1.0:
+    if (parameters.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0) != 1.0:
         raise SourceError(
             "partial rotary embeddings cannot be lowered to ONNX Runtime; supported: partial_rotary_factor 1"
         )
-    scaling = {key: float(value) for key, value in parameters.items() if isinstance(value, (int, float))}
-    return Rope(theta, kind, scaling)
+    return Rope(theta, kind, {key: float(parameters[key]) for key in _ROPE_SCALING_KEYS[kind]})
 
 
 def _windows(name: str, config: Mapping[str, Any]) -> tuple[int | None, ...]:
     layers = int(config["num_hidden_layers"])
-    window = config.get("sliding_window")
+    window = config.get("sliding_window", 4096)  # transformers' default; null switches the window off
     if window is None or (name != "MistralForCausalLM" and not config.get("use_sliding_window", False)):
         return (None,) * layers
     kinds = config.get("layer_types")
     if kinds is None:
-        first = 0 if name == "MistralForCausalLM" else int(config.get("max_window_layers", 0))
+        first = 0 if name == "MistralForCausalLM" else int(config.get("max_window_layers", 28))
         kinds = ["sliding_attention" if layer >= first else "full_attention" for layer in range(layers)]
     return tuple(int(window) if kind == "sliding_attention" else None for kind in kinds)

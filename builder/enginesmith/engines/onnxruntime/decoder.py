@@ -29,7 +29,15 @@ from onnx import TensorProto
 from enginesmith.checkpoints.tensors import CheckpointTensors
 from enginesmith.engines.onnxruntime.architecture import Architecture
 from enginesmith.engines.onnxruntime.graph import MICROSOFT, Array, Graph
-from enginesmith.engines.onnxruntime.linear import Linear, LinearWriter, quantize_rows, read_linear, stack
+from enginesmith.engines.onnxruntime.linear import (
+    Linear,
+    LinearWriter,
+    quantize_rows,
+    read_float,
+    read_linear,
+    read_scalar_scale,
+    stack,
+)
 
 HEAD_BLOCK = 32
 """Columns per scale of the 8-bit output head that fast mode adds."""
@@ -79,7 +87,7 @@ class DecoderWriter:
         cosines, sines = shape.rope.caches(shape.head_dim, shape.max_positions)
         graph.weight("rope/cos", cosines)
         graph.weight("rope/sin", sines)
-        embedding = graph.weight("embedding", self._tensors.read("model.embed_tokens.weight"))
+        embedding = graph.weight("embedding", read_float(self._tensors, "model.embed_tokens.weight"))
         gathered = graph.node("Gather", [embedding, "input_ids"], "embedding/gathered")
         return graph.node("Cast", [gathered], "embedding/output", to=TensorProto.FLOAT)
 
@@ -245,9 +253,7 @@ class DecoderWriter:
 
     def _through_fp8(self, scale_name: str, value: str) -> str:
         """``value`` rounded to FP8 as the cache of the target runtime stores it."""
-        scale = self._graph.scalar(
-            float(self._tensors.read(scale_name).astype(np.float32).reshape(())), np.float32
-        )
+        scale = self._graph.scalar(read_scalar_scale(self._tensors, scale_name), np.float32)
         zero = self._linear.fp8_zero()
         quantized = self._graph.node("QuantizeLinear", [value, scale, zero], f"{scale_name}/quantized")
         return self._graph.node("DequantizeLinear", [quantized, scale, zero], f"{scale_name}/dequantized")
@@ -264,7 +270,7 @@ class DecoderWriter:
         )
 
     def _read_float(self, name: str) -> npt.NDArray[np.float32]:
-        return self._tensors.read(name).astype(np.float32)
+        return read_float(self._tensors, name).astype(np.float32)
 
 
 def _quantize_in_slices(

@@ -38,7 +38,7 @@ Array = npt.NDArray[Any]
 
 
 class WeightsFile:
-    """Append-only file of tensors; identical tensors are stored once."""
+    """Append-only file of tensors; identical tensors are stored once. Leaving the ``with`` block closes it."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -61,8 +61,10 @@ class WeightsFile:
             self._known[digest] = (offset, raw.nbytes)
         return self._known[digest]
 
-    def close(self) -> None:
-        """Flush and close the file."""
+    def __enter__(self) -> WeightsFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._file.close()
 
 

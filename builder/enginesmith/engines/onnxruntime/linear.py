@@ -35,6 +35,10 @@ from enginesmith.errors import SourceError
 Kind = Literal["plain", "int8_wo", "int8_sq", "int4_awq", "fp8"]
 INT8_BLOCK = 64
 """Columns per scale when per-row INT8 weights run as MatMulNBits; the scale of a row is repeated."""
+FLOAT_DTYPES = ("BF16", "F16", "F32")
+"""Safetensors dtypes of tensors that are not quantized, and of scales."""
+_QUANTIZED_DTYPES = ("I8", "U8", "F8_E4M3")
+_SCALES_HINT = "quantize the checkpoint again, or fetch it again if it came quantized"
 _ZERO_POINT_8 = 128
 _INT8_BOUND = 127.0
 _FP8_BOUND = 448.0
@@ -66,21 +70,24 @@ def read_linear(tensors: CheckpointTensors, name: str) -> Linear:
         SourceError: tensors are missing or their dtypes do not belong to a supported scheme.
     """
     weight_name = f"{name}.weight"
-    if weight_name not in tensors:
-        raise SourceError(f"the checkpoint has no tensor {weight_name}")
-    bias = tensors.read(f"{name}.bias").astype(np.float32) if f"{name}.bias" in tensors else None
     dtype = tensors.dtype(weight_name)
+    if dtype not in (*FLOAT_DTYPES, *_QUANTIZED_DTYPES):
+        raise SourceError(
+            f"tensor {weight_name} has dtype {dtype}, which cannot be lowered to ONNX Runtime; "
+            f"supported: {', '.join((*FLOAT_DTYPES, *_QUANTIZED_DTYPES))}"
+        )
+    bias = read_float(tensors, f"{name}.bias").astype(np.float32) if f"{name}.bias" in tensors else None
     weight = tensors.read(weight_name)
-    if dtype in ("BF16", "F16", "F32"):
+    if dtype in FLOAT_DTYPES:
         return Linear("plain", weight, bias)
-    scale = _read_scale(tensors, f"{name}.weight_scale", name)
+    if f"{name}.weight_scale" not in tensors:
+        raise SourceError(f"layer {name} has {dtype} weights but no {name}.weight_scale", hint=_SCALES_HINT)
+    scale = read_scale(tensors, f"{name}.weight_scale")
     smoothing = (
-        tensors.read(f"{name}.pre_quant_scale").astype(np.float32)
-        if f"{name}.pre_quant_scale" in tensors
-        else None
+        read_scale(tensors, f"{name}.pre_quant_scale") if f"{name}.pre_quant_scale" in tensors else None
     )
     input_scale = (
-        float(tensors.read(f"{name}.input_scale").reshape(())) if f"{name}.input_scale" in tensors else None
+        read_scalar_scale(tensors, f"{name}.input_scale") if f"{name}.input_scale" in tensors else None
     )
     if dtype == "I8" and scale.shape == weight.shape[:1]:
         kind: Kind = "int8_wo" if input_scale is None else "int8_sq"
@@ -102,13 +109,41 @@ def read_linear(tensors: CheckpointTensors, name: str) -> Linear:
     )
 
 
-def _read_scale(tensors: CheckpointTensors, scale_name: str, name: str) -> npt.NDArray[np.float32]:
-    if scale_name not in tensors:
-        raise SourceError(f"layer {name} has {tensors.dtype(f'{name}.weight')} weights but no {scale_name}")
-    scale = tensors.read(scale_name).astype(np.float32)
+def read_float(tensors: CheckpointTensors, name: str) -> Array:
+    """Tensor ``name`` as it is stored.
+
+    Raises:
+        SourceError: it is missing or no floating-point tensor of a supported width.
+    """
+    dtype = tensors.dtype(name)
+    if dtype not in FLOAT_DTYPES:
+        raise SourceError(f"tensor {name} has dtype {dtype}; supported: {', '.join(FLOAT_DTYPES)}")
+    return tensors.read(name)
+
+
+def read_scale(tensors: CheckpointTensors, name: str) -> npt.NDArray[np.float32]:
+    """The scales in tensor ``name``.
+
+    Raises:
+        SourceError: they are missing, or one is NaN or Inf.
+    """
+    scale = read_float(tensors, name).astype(np.float32)
     if not np.all(np.isfinite(scale)):
-        raise SourceError(f"{scale_name} holds NaN or Inf")
+        raise SourceError(f"{name} holds NaN or Inf", hint=_SCALES_HINT)
     return scale
+
+
+def read_scalar_scale(tensors: CheckpointTensors, name: str) -> float:
+    """The one scale in tensor ``name``.
+
+    Raises:
+        SourceError: it is missing, or not one finite number above 0.
+    """
+    scale = read_scale(tensors, name)
+    if scale.size != 1 or not scale.reshape(()) > 0:
+        seen = f"shape {list(scale.shape)}" if scale.size != 1 else f"{float(scale.reshape(()))}"
+        raise SourceError(f"{name} must hold one number above 0, seen: {seen}", hint=_SCALES_HINT)
+    return float(scale.reshape(()))
 
 
 def _unpack_int4(packed: Array) -> npt.NDArray[np.int8]:
@@ -127,8 +162,7 @@ def stack(layers: Sequence[Linear]) -> Linear | None:
         same_input = other.input_scale == first.input_scale and _same(
             other.pre_quant_scale, first.pre_quant_scale
         )
-        same_groups = first.kind != "int4_awq" or _group(other) == _group(first)
-        if other.kind != first.kind or not same_input or not same_groups:
+        if not same_input or _storage(other) != _storage(first):
             return None
     has_bias = any(layer.bias is not None for layer in layers)
     bias = np.concatenate([_bias_or_zero(layer) for layer in layers]) if has_bias else None
@@ -151,9 +185,10 @@ def _bias_or_zero(layer: Linear) -> npt.NDArray[np.float32]:
     return layer.bias if layer.bias is not None else np.zeros(layer.rows, np.float32)
 
 
-def _group(layer: Linear) -> int:
-    assert layer.weight_scale is not None
-    return int(layer.weight.shape[1] // layer.weight_scale.shape[1])
+def _storage(layer: Linear) -> tuple[object, ...]:
+    """What must be equal for rows of two layers to lie in one tensor."""
+    groups = () if layer.weight_scale is None else layer.weight_scale.shape[1:]
+    return layer.kind, layer.weight.dtype, groups
 
 
 class LinearWriter:
@@ -165,7 +200,7 @@ class LinearWriter:
     def __init__(self, graph: Graph, accuracy_level: int) -> None:
         self._graph = graph
         self._accuracy_level = accuracy_level
-        self._quantized_inputs: dict[tuple[str, float], str] = {}
+        self._quantized_inputs: dict[tuple[str, float, str], str] = {}
         self._dequantized_inputs: dict[str, str] = {}
         self._smoothed_inputs: dict[tuple[str, bytes], str] = {}
 
@@ -231,7 +266,7 @@ class LinearWriter:
             value,
             name,
             bits=4,
-            block=_group(layer),
+            block=layer.weight.shape[1] // layer.weight_scale.shape[1],
             columns=layer.weight.shape[1],
         )
 
@@ -321,7 +356,7 @@ class LinearWriter:
         ModelOpt multiplies by ``bound / amax`` where ONNX divides by the scale; the results differ in the last bit and
         now and then round to another integer. Exact mode does as ModelOpt does.
         """
-        key = (value, scale)
+        key = (value, scale, zero_point)
         if key not in self._quantized_inputs:
             divisor = scale
             if self._accuracy_level == 1:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from enginesmith.checkpoints.tensors import CheckpointTensors
+from enginesmith.checkpoints.tensors import CheckpointTensors, read_json_object
 from enginesmith.engines.onnxruntime.architecture import Architecture, architecture_from_config
 from enginesmith.engines.onnxruntime.decoder import EXACT, FAST, DecoderWriter, Numerics
 from enginesmith.engines.onnxruntime.graph import Graph, WeightsFile
@@ -26,15 +26,20 @@ def run(context: StepContext) -> Mapping[str, Any]:
     tensors = CheckpointTensors(context.inputs["checkpoint"])
     architecture = architecture_from_config(tensors.config)
     numerics = served_numerics(tensors, context.params["mode"])
-    weights = WeightsFile(context.out / "weights.bin")
     graphs = {"model.onnx": numerics, "exact.onnx": EXACT}
-    for index, (file, choice) in enumerate(graphs.items()):
-        graph = Graph(file.removesuffix(".onnx"), weights)
-        _write(
-            graph, tensors, architecture, choice, context, first=index / len(graphs), share=1 / len(graphs)
-        )
-        graph.save(context.out / file)
-    weights.close()
+    with WeightsFile(context.out / "weights.bin") as weights:
+        for index, (file, choice) in enumerate(graphs.items()):
+            graph = Graph(file.removesuffix(".onnx"), weights)
+            _write(
+                graph,
+                tensors,
+                architecture,
+                choice,
+                context,
+                first=index / len(graphs),
+                share=1 / len(graphs),
+            )
+            graph.save(context.out / file)
     engine = _engine_description(tensors, architecture, numerics)
     (context.out / "engine.json").write_text(json.dumps(engine, indent=2, sort_keys=True) + "\n")
     return _facts(tensors, context.out)
@@ -98,8 +103,10 @@ def _has_fp8(tensors: CheckpointTensors) -> bool:
 def eos_token_ids(directory: Path, config: Mapping[str, Any]) -> list[int]:
     """Token ids that end an answer, from ``generation_config.json``, else ``config.json``."""
     path = directory / "generation_config.json"
-    generation = json.loads(path.read_text()) if path.exists() else {}
-    value = generation.get("eos_token_id", config.get("eos_token_id"))
+    generation = read_json_object(path) if path.exists() else {}
+    value = generation.get("eos_token_id")
+    if value is None:
+        value = config.get("eos_token_id")
     if value is None:
         return []
     return [int(token) for token in value] if isinstance(value, list) else [int(value)]

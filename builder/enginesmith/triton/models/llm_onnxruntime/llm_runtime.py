@@ -52,6 +52,7 @@ class Sampling:
             "top_k": (self.top_k >= 0, "at least 0 (0: off)"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
             "repetition_penalty": (0 < self.repetition_penalty <= 100, "above 0 and at most 100"),
+            "seed": (self.seed >= 0, "at least 0"),
         }
         for name, (valid, text) in allowed.items():
             if not valid:

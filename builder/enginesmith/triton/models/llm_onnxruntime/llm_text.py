@@ -39,15 +39,22 @@ class Text:
         return isinstance(self._source, str)
 
     def as_chat(self, question: str) -> str:
-        """The prompt text of a conversation that consists of one user message."""
+        """The prompt text of a conversation that consists of one user message.
+
+        Raises:
+            ValueError: there is no chat template, it is broken, or it refuses the conversation.
+        """
         if not self.has_chat_template:
             raise ValueError("this model has no chat template; send the prompt as it is")
-        return self._template.render(
-            messages=[{"role": "user", "content": question}],
-            add_generation_prompt=True,
-            bos_token=self._special("bos_token"),
-            eos_token=self._special("eos_token"),
-        )
+        try:
+            return self._template.render(
+                messages=[{"role": "user", "content": question}],
+                add_generation_prompt=True,
+                bos_token=self._special("bos_token"),
+                eos_token=self._special("eos_token"),
+            )
+        except jinja2.TemplateError as error:
+            raise ValueError(f"the model's chat template cannot be used: {error}") from error
 
     def encode(self, text: str, *, chat: bool = False) -> list[int]:
         """Token ids. A chat prompt already holds its special tokens, so none are added."""
@@ -61,7 +68,9 @@ class Text:
 
     @cached_property
     def _template(self) -> jinja2.Template:
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
         environment.globals["raise_exception"] = _refuse
         return environment.from_string(str(self._source))
 

@@ -48,8 +48,9 @@ class TritonPythonModel:
         try:
             self._runtime.run(waiting)
         except NonFiniteLogitsError as error:
-            self._runtime.clear()
             jobs = [error if isinstance(job, list) else job for job in jobs]
+        finally:
+            self._runtime.clear()  # Whatever ended the run, the next one must not continue these sequences.
         return [self._respond(job) for job in jobs]
 
     def finalize(self) -> None:
