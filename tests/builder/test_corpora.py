@@ -38,7 +38,11 @@ def test_builtin_english_is_the_topics_of_pydoc_in_the_order_of_their_names() ->
 
 def test_blank_lines_separate_the_documents_of_a_text_file(tmp_path: Path) -> None:
     path = write(tmp_path / "corpus.txt", "first\nstill first\r\n\r\nsecond\n\n\n\nthird\n")
-    assert [document.strip() for document in load_documents(FILE, path)] == ["first\nstill first", "second", "third"]
+    assert [document.strip() for document in load_documents(FILE, path)] == [
+        "first\nstill first",
+        "second",
+        "third",
+    ]
 
 
 def test_a_byte_order_mark_is_not_part_of_the_text(tmp_path: Path) -> None:
@@ -66,7 +70,9 @@ def test_jsonl_documents_come_from_the_named_field_whatever_separators_they_hold
         ("corpus.csv", b"a,b\n", r"suffix '.csv'; allowed: .txt, .jsonl"),
     ],
 )
-def test_a_bad_file_is_refused_with_where_and_what(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+def test_a_bad_file_is_refused_with_where_and_what(
+    tmp_path: Path, name: str, content: bytes, said: str
+) -> None:
     with pytest.raises(SourceError, match=said):
         load_documents(FILE, write(tmp_path / name, content))
 
@@ -83,7 +89,12 @@ def test_windows_are_runs_of_the_token_stream_and_none_overlap(tokenizer_dir: Pa
     windows = token_windows(documents, tokenizer_dir, count=20, length=32, seed=3)
     assert windows.shape == (20, 32)
     assert windows.dtype == np.int64
-    places = [place for window in windows for place in range(0, stream.size - 31, 32) if (stream[place : place + 32] == window).all()]
+    places = [
+        place
+        for window in windows
+        for place in range(0, stream.size - 31, 32)
+        if (stream[place : place + 32] == window).all()
+    ]
     assert len(set(places)) == 20
 
 

@@ -32,9 +32,10 @@ def calibrate(
     ``windows`` is None for a recipe that needs no activations.
 
     Raises:
-        GateError: an activation or a calibrated range is NaN or infinite; the module is named.
+        GateError: a weight, an activation or a calibrated range is NaN or infinite; the module is named.
     """
     require_modelopt()
+    _check_weights(model)
     import modelopt.torch.quantization as mtq
 
     entries = quantizer_config(
@@ -113,6 +114,15 @@ def _watched(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _check_weights(model: Any) -> None:
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise GateError(
+                f"{name} holds NaN or Inf: no range can be calibrated",
+                hint="check the source of the checkpoint",
+            )
 
 
 def _check_ranges(model: Any) -> None:

@@ -50,8 +50,7 @@ def run(context: StepContext) -> Mapping[str, Any]:
     """Write ``verdict.json``; facts: how many checks there were.
 
     Raises:
-        GateError: a check failed; the message lists every failed check, and the verdict is in it too, because
-            the artifact of a failed step is not kept.
+        GateError: a check failed. The message lists every failed check: a failed step keeps no artifact.
     """
     measurements = _read_measurements(context.inputs["measurements"] / MEASUREMENTS_FILE)
     checks = list(checks_of(measurements, context.params))

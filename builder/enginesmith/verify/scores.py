@@ -97,12 +97,15 @@ def scores_from_logits(
         rows = slice(start, start + _ROWS_PER_CHUNK)
         chunk = logits[rows].astype(np.float64)
         peak = chunk.max(axis=1, keepdims=True)
-        logsumexp[rows] = np.log(np.exp(chunk - peak).sum(axis=1)) + peak[:, 0]
+        with np.errstate(invalid="ignore"):  # inf - inf: the NaN is the finding.
+            logsumexp[rows] = np.log(np.exp(chunk - peak).sum(axis=1)) + peak[:, 0]
         if kept_ids is None:
             ids[rows] = np.argpartition(chunk, vocab - top_k, axis=1)[:, vocab - top_k :]
     return Scores(
         top1=logits.argmax(axis=1).astype(np.int32),
-        logprob=logits[np.arange(seq), targets].astype(np.float64) - logsumexp,
+        logprob=np.where(
+            np.isfinite(logsumexp), logits[np.arange(seq), targets] - np.nan_to_num(logsumexp), np.nan
+        ),
         logsumexp=logsumexp,
         kept_ids=ids,
         kept_logits=np.take_along_axis(logits, ids.astype(np.int64), axis=1),
