@@ -244,7 +244,8 @@ def choose_token(logits: Logits, sequence: Generation) -> int:
         logits = _penalized(logits, [*sequence.prompt, *sequence.tokens], sampling.repetition_penalty)
     best = int(np.argmax(logits))  # argmax finds the first NaN, if there is one
     if not np.isfinite(logits[best]):
-        raise NonFiniteLogitsError(f"the engine produced {logits[best]} after {sequence.length} tokens")
+        seen = len(sequence.prompt) + len(sequence.tokens)
+        raise NonFiniteLogitsError(f"the engine produced {logits[best]} after {seen} tokens")
     if sampling.temperature == 0:
         return best
     scaled = logits.astype(np.float64) / sampling.temperature
