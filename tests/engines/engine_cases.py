@@ -78,10 +78,12 @@ class Closeness:
     """Half of the positions have no logit that is further off."""
 
 
-def closeness(engine: Path, windows: npt.NDArray[np.int64], reference: Scores) -> Closeness:
-    """How far the engine in exact mode is from ``reference``, which has scored ``windows``."""
+def closeness(
+    engine: Path, windows: npt.NDArray[np.int64], reference: Scores, *, graph: str = "exact.onnx"
+) -> Closeness:
+    """How far the engine's ``graph`` is from ``reference``, which has scored ``windows``."""
     description = json.loads((engine / "engine.json").read_text())
-    logits_of_tokens = teacher_forced(engine / "exact.onnx", description)
+    logits_of_tokens = teacher_forced(engine / graph, description)
     scores = scores_of_windows(windows, logits_of_tokens, reference=reference)
     seen = agreement(reference, scores)
     of_position = np.abs(scores.kept_logits - reference.kept_logits).max(axis=1)

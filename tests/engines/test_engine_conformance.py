@@ -6,6 +6,7 @@ against the fake-quantized model in PyTorch on the same integers.
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -159,6 +160,32 @@ def test_exact_engine_equals_pytorch_on_the_same_integers(
 
     assert seen.positions == WINDOWS.shape[0] * (WINDOWS.shape[1] - 1)
     assert is_exact(seen, case.scheme), seen
+
+
+@pytest.mark.parametrize("model", ["llama", "qwen2_tied"])
+@pytest.mark.parametrize("scheme", SCHEMES[1:])
+def test_fast_mode_is_near_exact_mode_but_not_equal(
+    model: str, scheme: str, workshop: Workshop, tmp_path: Path
+) -> None:
+    checkpoint = workshop.checkpoint(Case(model, scheme))
+    engine, reference = lowered(checkpoint, tmp_path / "engine"), workshop.reference(checkpoint)
+
+    seen = closeness(engine, WINDOWS, reference, graph="model.onnx")
+
+    # An 8-bit head and, in weight-only schemes, INT8 activations: seen up to {SEEN}.
+    assert 1e-3 < seen.median_logit_delta < 0.2, seen
+    assert seen.mean_logprob_delta < 0.05, seen
+    description = json.loads((engine / "engine.json").read_text())
+    assert (description["accuracy_level"], description["int8_head"]) == (4, True)
+
+
+def test_exact_mode_serves_the_exact_graph(workshop: Workshop, tmp_path: Path) -> None:
+    checkpoint = workshop.checkpoint(Case("llama", "int4_awq"))
+
+    engine = lowered(checkpoint, tmp_path / "engine", mode="exact")
+
+    seen = closeness(engine, WINDOWS, workshop.reference(checkpoint), graph="model.onnx")
+    assert is_exact(seen, "int4_awq"), seen
 
 
 def test_window_shorter_than_the_text_changes_the_scores(workshop: Workshop) -> None:

@@ -216,6 +216,14 @@ def test_prompt_that_fills_its_slot_is_refused_and_the_others_go_on(llama: Runti
     assert running.tokens == alone(llama, list(running.prompt), Sampling(max_tokens=2))
 
 
+def test_engine_of_another_format_is_refused(engines: dict[str, Path], tmp_path: Path) -> None:
+    description = json.loads((engines["llama"] / "engine.json").read_text())
+    (tmp_path / "engine.json").write_text(json.dumps(description | {"format": 2}))
+
+    with pytest.raises(ValueError, match=r"engine\.json has format 2; this runtime reads 1"):
+        Runtime(tmp_path, slots=1, capacity=16)
+
+
 def test_capacity_beyond_the_models_positions_is_refused(engines: dict[str, Path]) -> None:
     with pytest.raises(ValueError, match="capacity 1025 exceeds the model's 1024 positions"):
         Runtime(engines["llama"], slots=1, capacity=1025)

@@ -1,6 +1,6 @@
 """The ONNX graph of a decoder-only language model.
 
-Inputs and outputs are those of onnxruntime-genai's models, so its runtime can load the graph too:
+Inputs and outputs have the names and shapes of onnxruntime-genai's models:
 
 ======================================  =======  =============================================
 name                                    type     shape

@@ -77,9 +77,13 @@ def read_linear(tensors: CheckpointTensors, name: str) -> Linear:
             f"supported: {', '.join((*FLOAT_DTYPES, *_QUANTIZED_DTYPES))}"
         )
     bias = read_float(tensors, f"{name}.bias").astype(np.float32) if f"{name}.bias" in tensors else None
-    weight = tensors.read(weight_name)
     if dtype in FLOAT_DTYPES:
-        return Linear("plain", weight, bias)
+        return Linear("plain", tensors.read(weight_name), bias)
+    return replace(_read_quantized(tensors, name, dtype), bias=bias)
+
+
+def _read_quantized(tensors: CheckpointTensors, name: str, dtype: str) -> Linear:
+    """The layer without its bias; the dtypes and shapes beside the weight say what it is."""
     if f"{name}.weight_scale" not in tensors:
         raise SourceError(f"layer {name} has {dtype} weights but no {name}.weight_scale", hint=_SCALES_HINT)
     scale = read_scale(tensors, f"{name}.weight_scale")
@@ -89,20 +93,15 @@ def read_linear(tensors: CheckpointTensors, name: str) -> Linear:
     input_scale = (
         read_scalar_scale(tensors, f"{name}.input_scale") if f"{name}.input_scale" in tensors else None
     )
+    weight = tensors.read(f"{name}.weight")
     if dtype == "I8" and scale.shape == weight.shape[:1]:
         kind: Kind = "int8_wo" if input_scale is None else "int8_sq"
-        return Linear(kind, weight, bias, scale, input_scale, smoothing)
+        return Linear(kind, weight, None, scale, input_scale, smoothing)
     if dtype == "U8" and scale.ndim == 2 and input_scale is None:
-        return Linear("int4_awq", _unpack_int4(weight), bias, scale, None, smoothing)
+        return Linear("int4_awq", _unpack_int4(weight), None, scale, None, smoothing)
     if dtype == "F8_E4M3" and scale.size == 1 and input_scale is not None:
-        return Linear(
-            "fp8",
-            weight,
-            bias,
-            np.full(weight.shape[0], scale.reshape(()), np.float32),
-            input_scale,
-            smoothing,
-        )
+        of_rows = np.full(weight.shape[0], scale.reshape(()), np.float32)
+        return Linear("fp8", weight, None, of_rows, input_scale, smoothing)
     raise SourceError(
         f"layer {name} is quantized in a way that cannot be lowered to ONNX Runtime: weight {dtype} {weight.shape}, "
         f"weight_scale {scale.shape}, input_scale {'present' if input_scale is not None else 'absent'}"

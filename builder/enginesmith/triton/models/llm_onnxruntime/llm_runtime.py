@@ -24,6 +24,8 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 Logits = npt.NDArray[np.float32]
+ENGINE_FORMAT = 1
+"""The ``format`` of ``engine.json`` that is understood here."""
 
 
 class PromptTooLongError(ValueError):
@@ -91,6 +93,10 @@ class Runtime:
         self, directory: Path, *, slots: int, capacity: int, threads: int = 0, graph: str = "model.onnx"
     ) -> None:
         self.engine: dict[str, Any] = json.loads((directory / "engine.json").read_text())
+        if self.engine["format"] != ENGINE_FORMAT:
+            raise ValueError(
+                f"engine.json has format {self.engine['format']}; this runtime reads {ENGINE_FORMAT}"
+            )
         if capacity > self.engine["max_positions"]:
             raise ValueError(
                 f"capacity {capacity} exceeds the model's {self.engine['max_positions']} positions"
