@@ -12,7 +12,8 @@ import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,8 +89,8 @@ class Round:
 
     served: Mapping[int, float]
     runtime: Mapping[int, float]
-    mean_batch: float
-    """Requests per execution that the dynamic batcher formed at the larger concurrency."""
+    executions: Mapping[int, int]
+    """Executions at the larger concurrency, by the batch size that the dynamic batcher formed."""
 
 
 def measure(project: Project) -> Outcome:
@@ -149,11 +150,13 @@ class _Bench:
         for number in range(1, self._settings.rounds + 1):
             say(f"{self._model}: round {number}/{self._settings.rounds}")
             served, runtime = {}, {}
-            mean_batch = 1.0
+            executions: Counter[int] = Counter()
             for concurrency in CONCURRENCIES:
-                served[concurrency], mean_batch = self._serve(concurrency)
+                before = self._executions()
+                served[concurrency] = self._serve(concurrency)
+                executions = self._executions() - before
                 runtime[concurrency] = self._run(concurrency)
-            rounds.append(Round(served, runtime, mean_batch))
+            rounds.append(Round(served, runtime, executions))
         return rounds
 
     def _lasting_prompts(self) -> list[str]:
@@ -179,10 +182,9 @@ class _Bench:
             )
         return lasting
 
-    def _serve(self, concurrency: int) -> tuple[float, float]:
-        """Answer tokens per second through the server, and the mean batch it formed."""
+    def _serve(self, concurrency: int) -> float:
+        """Answer tokens per second through the server."""
         tokens = self._settings.answer_tokens
-        before = self._counts()
         result = run_perf_analyzer(
             self._model,
             [{"text_input": [prompt], "max_tokens": [tokens]} for prompt in self.prompts],
@@ -192,8 +194,7 @@ class _Bench:
             request_count=self._settings.requests(concurrency),
             tool=self._tool,
         )
-        requests, executions = (after - seen for after, seen in zip(self._counts(), before, strict=True))
-        return result.throughput_per_s * tokens, requests / executions
+        return result.throughput_per_s * tokens
 
     def _run(self, batch: int) -> float:
         """Answer tokens per second of the runtime, for the requests that perf_analyzer sends."""
@@ -206,10 +207,10 @@ class _Bench:
             produced += sum(len(generation.tokens) for generation in generations)
         return produced / (time.perf_counter() - started_s)
 
-    def _counts(self) -> tuple[int, int]:
-        """Requests and executions since the model was loaded."""
+    def _executions(self) -> Counter[int]:
+        """How often the model ran since it was loaded, by batch size."""
         (statistics,) = self._client.statistics(self._model)
-        return statistics.inference_count, statistics.execution_count
+        return Counter({batch.batch_size: batch.compute_infer.count for batch in statistics.batches})
 
 
 def _figures(rounds: Sequence[Round], prompts: Sequence[str]) -> dict[str, Any]:
@@ -222,8 +223,21 @@ def _figures(rounds: Sequence[Round], prompts: Sequence[str]) -> dict[str, Any]:
         "runtime_tokens_per_s": {str(at): spread_of(speeds) for at, speeds in runtime.items()},
         "batching_gain": spread_of_ratios(served[large], served[small]),
         "share_of_runtime": {str(at): spread_of_ratios(served[at], runtime[at]) for at in CONCURRENCIES},
-        "mean_batch": spread_of([one.mean_batch for one in rounds]),
+        "mean_batch": spread_of([_mean_batch(one.executions) for one in rounds]),
+        "executions_by_batch": _total(one.executions for one in rounds),
     }
+
+
+def _mean_batch(executions: Mapping[int, int]) -> float:
+    return sum(size * count for size, count in executions.items()) / sum(executions.values())
+
+
+def _total(parts: Iterable[Mapping[int, int]]) -> dict[str, int]:
+    """The sum of all ``parts``, by batch size."""
+    total: Counter[int] = Counter()
+    for part in parts:
+        total.update(part)
+    return {str(size): count for size, count in sorted(total.items())}
 
 
 def _bars(variant: str, figures: Mapping[str, Any]) -> list[Bar]:

@@ -1,7 +1,6 @@
 """Checkpoints derived from a checkpoint: its first layers only, and the same with a trace of noise.
 
-Tensors are streamed, one at a time. The noise is a relative 1e-7 on the embeddings, stored as float32: less than the
-rounding of the first layer's own arithmetic.
+Tensors are streamed, one at a time. Embeddings with noise are stored as float32, whatever they were stored as.
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 class Noise:
     """Embeddings are multiplied by 1 + ``relative`` x N(0, 1), element by element."""
 
-    seed: int
-    relative: float = 1e-7
+    relative: float
+    seed: int = 0
 
 
 def layer_count(checkpoint: Path) -> int:
