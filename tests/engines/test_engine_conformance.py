@@ -172,7 +172,7 @@ def test_fast_mode_is_near_exact_mode_but_not_equal(
 
     seen = closeness(engine, WINDOWS, reference, graph="model.onnx")
 
-    # An 8-bit head and, in weight-only schemes, INT8 activations: seen up to {SEEN}.
+    # An 8-bit head and, in weight-only schemes, INT8 activations: seen up to 0.03 in the mean and 0.1 in the median.
     assert 1e-3 < seen.median_logit_delta < 0.2, seen
     assert seen.mean_logprob_delta < 0.05, seen
     description = json.loads((engine / "engine.json").read_text())
