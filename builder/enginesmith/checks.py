@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from enginesmith.errors import SourceError, SpecError
+from enginesmith.platforms import ARCHITECTURES
 from enginesmith.spec import ModelSpec, Variant
 
-SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 _AWQ_GROUP_SIZES = (32, 64, 128, 256)
 
 
@@ -74,10 +74,10 @@ def linear_input_sizes(hf_config: Mapping[str, Any]) -> dict[str, int]:
 
 def _check_architecture(hf_config: Mapping[str, Any]) -> None:
     seen = hf_config.get("architectures") or []
-    if len(seen) != 1 or seen[0] not in SUPPORTED_ARCHITECTURES:
+    if len(seen) != 1 or seen[0] not in ARCHITECTURES:
         raise SpecError(
             f"architecture {', '.join(map(str, seen)) or '(none named in config.json)'} is not supported; "
-            f"supported: {', '.join(SUPPORTED_ARCHITECTURES)}",
+            f"supported: {', '.join(ARCHITECTURES)}",
             hint="choose a checkpoint of a supported architecture",
         )
 

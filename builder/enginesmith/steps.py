@@ -70,7 +70,7 @@ STEP_KINDS: Mapping[StepName, StepKind] = {
             "fetch",
             "enginesmith.checkpoints.fetch:run",
             ("transformers", "tokenizers", "gguf", "huggingface-hub", "numpy", "ml-dtypes"),
-            ("enginesmith.checkpoints",),
+            ("enginesmith.checkpoints", "enginesmith.platforms"),
             unkeyed_params=("location",),
         ),
         StepKind(
@@ -106,7 +106,7 @@ STEP_KINDS: Mapping[StepName, StepKind] = {
             "lower",
             "enginesmith.engines.onnxruntime.lower:run",
             ("onnx", "onnxruntime", "numpy", "ml-dtypes", "safetensors"),
-            ("enginesmith.engines.onnxruntime", "enginesmith.checkpoints.tensors", "enginesmith.schemes"),
+            ("enginesmith.engines.onnxruntime", "enginesmith.checkpoints.tensors", "enginesmith.platforms"),
         ),
         StepKind(
             "measure",

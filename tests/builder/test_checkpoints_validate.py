@@ -11,8 +11,9 @@ import pytest
 from checkpoint_factory import tiny_checkpoint
 
 from enginesmith.checkpoints.tensors import CheckpointTensors
-from enginesmith.checkpoints.validate import MODEL_TYPES, CheckpointSummary, validate_checkpoint
+from enginesmith.checkpoints.validate import CheckpointSummary, validate_checkpoint
 from enginesmith.errors import SourceError
+from enginesmith.platforms import ARCHITECTURES
 
 
 def edit_config(directory: Path, **changes: Any) -> None:
@@ -31,7 +32,7 @@ def edit_tensors(directory: Path, edit: Any) -> None:
     save_file(tensors, directory / "model.safetensors")
 
 
-@pytest.mark.parametrize("architecture", MODEL_TYPES)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("options", [{"tied": True, "shards": 2}, {"head_dim": 32, "dtype": "float16"}])
 def test_checkpoint_that_transformers_wrote_is_valid(architecture: Any, options: Any, tmp_path: Path) -> None:
     directory = tiny_checkpoint(tmp_path, architecture=architecture, **options)

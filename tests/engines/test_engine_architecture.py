@@ -9,11 +9,11 @@ import pytest
 from checkpoint_factory import LLAMA3_ROPE
 
 from enginesmith.engines.onnxruntime.architecture import (
-    SUPPORTED_ARCHITECTURES,
     SUPPORTED_ROPE_TYPES,
     architecture_from_config,
 )
 from enginesmith.errors import SourceError
+from enginesmith.platforms import ARCHITECTURES
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -40,10 +40,9 @@ def test_sizes_that_follow_from_others() -> None:
 
 def test_head_dim_left_out_is_128_for_qwen3_only() -> None:
     sizes = {
-        name: architecture_from_config(with_keys(architectures=[name])).head_dim
-        for name in SUPPORTED_ARCHITECTURES
+        name: architecture_from_config(with_keys(architectures=[name])).head_dim for name in ARCHITECTURES
     }
-    assert sizes == {name: 128 if name == "Qwen3ForCausalLM" else 16 for name in SUPPORTED_ARCHITECTURES}
+    assert sizes == {name: 128 if name == "Qwen3ForCausalLM" else 16 for name in ARCHITECTURES}
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,6 @@ from enginesmith.checkpoints.canonical import Report, write_json
 from enginesmith.checkpoints.gguf_tokenizer import write_tokenizer
 from enginesmith.checkpoints.tensors import CONFIG_FILE, SINGLE_FILE
 from enginesmith.checkpoints.validate import (
-    MODEL_TYPES,
     CheckpointSummary,
     dimensions_of,
     expected_shapes,
@@ -35,6 +34,7 @@ from enginesmith.checkpoints.writer import (
     write_safetensors,
 )
 from enginesmith.errors import SourceError
+from enginesmith.platforms import ARCHITECTURES
 
 if TYPE_CHECKING:
     from gguf import GGUFReader, ReaderTensor
@@ -149,12 +149,12 @@ def _config(path: Path, metadata: Mapping[str, Any], tensors: dict[str, ReaderTe
     if prefix not in _ARCHITECTURES:
         raise SourceError(
             f"{path} holds a model of GGUF architecture {prefix!r}; supported: {', '.join(_ARCHITECTURES)}, "
-            f"which are {', '.join(MODEL_TYPES)}"
+            f"which are {', '.join(ARCHITECTURES)}"
         )
     architecture = _ARCHITECTURES[prefix]
     config: dict[str, Any] = {
         "architectures": [architecture],
-        "model_type": MODEL_TYPES[architecture],
+        "model_type": ARCHITECTURES[architecture],
         "hidden_act": "silu",
         "tie_word_embeddings": "lm_head.weight" not in tensors,
         "attention_bias": prefix != "qwen2" and "model.layers.0.self_attn.q_proj.bias" in tensors,

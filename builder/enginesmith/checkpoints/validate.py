@@ -15,14 +15,7 @@ from typing import Any
 
 from enginesmith.checkpoints.tensors import CONFIG_FILE, CheckpointTensors
 from enginesmith.errors import SourceError
-
-MODEL_TYPES: Mapping[str, str] = {
-    "LlamaForCausalLM": "llama",
-    "MistralForCausalLM": "mistral",
-    "Qwen2ForCausalLM": "qwen2",
-    "Qwen3ForCausalLM": "qwen3",
-}
-"""The supported architectures, with transformers' ``model_type`` of each."""
+from enginesmith.platforms import ARCHITECTURES
 
 WEIGHT_DTYPES = ("BF16", "F16", "F32")
 """Dtypes of an unquantized checkpoint."""
@@ -87,9 +80,9 @@ def validate_checkpoint(directory: Path) -> CheckpointSummary:
 
 def architecture_of(config: Mapping[str, Any], path: Path) -> str:
     """The one supported architecture that a ``config.json`` names; ``path`` is for the message."""
-    allowed = ", ".join(MODEL_TYPES)
+    allowed = ", ".join(ARCHITECTURES)
     match config.get("architectures"):
-        case [str(architecture)] if architecture in MODEL_TYPES:
+        case [str(architecture)] if architecture in ARCHITECTURES:
             return architecture
         case [str(architecture)]:
             raise SourceError(

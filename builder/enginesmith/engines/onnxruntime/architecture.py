@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from enginesmith.errors import SourceError
+from enginesmith.platforms import ARCHITECTURES
 
-SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 _ROPE_SCALING_KEYS: Mapping[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
@@ -91,9 +91,9 @@ def architecture_from_config(config: Mapping[str, Any]) -> Architecture:
         SourceError: the architecture, its activation or its RoPE scaling is not supported, or a key is missing.
     """
     name = (config.get("architectures") or ["(none)"])[0]
-    if name not in SUPPORTED_ARCHITECTURES:
+    if name not in ARCHITECTURES:
         raise SourceError(
-            f"architecture {name} cannot be lowered to ONNX Runtime; supported: {', '.join(SUPPORTED_ARCHITECTURES)}"
+            f"architecture {name} cannot be lowered to ONNX Runtime; supported: {', '.join(ARCHITECTURES)}"
         )
     activation = config.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):

@@ -1,0 +1,11 @@
+"""What is legal with what, as data: so far, which model architectures every runtime of this version can take."""
+
+from collections.abc import Mapping
+
+ARCHITECTURES: Mapping[str, str] = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+}
+"""Supported architectures and the ``model_type`` that ``config.json`` gives for each."""
