@@ -1,0 +1,116 @@
+"""The reference documents say what the code does: every key of a spec, and every quoted message."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from enginesmith.spec import json_schema, parse_spec
+from enginesmith.steps import STEP_KINDS
+
+ROOT = Path(__file__).parents[2]
+SPEC_DOCUMENT = (ROOT / "docs" / "spec.md").read_text(encoding="utf-8")
+TROUBLESHOOTING = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+SCHEMA: dict[str, Any] = json.loads(json_schema())
+PARTS: dict[str, dict[str, Any]] = {"ModelSpec": SCHEMA, **SCHEMA["$defs"]}
+
+
+def documented_keys() -> dict[tuple[str, str], list[str]]:
+    """The cells of every table row of ``spec.md``, by part and key."""
+    rows: dict[tuple[str, str], list[str]] = {}
+    part = ""
+    for line in SPEC_DOCUMENT.splitlines():
+        if heading := re.fullmatch(r"##+ (?:.*: )?`(\w+)`", line):
+            part = heading[1]
+        elif row := re.match(r"\| `(\w+)` \|", line):
+            assert (part, row[1]) not in rows, f"{part}.{row[1]} is documented twice"
+            rows[part, row[1]] = [cell.strip() for cell in line.strip("|").split("|")]
+    return rows
+
+
+KEYS = documented_keys()
+
+
+def test_every_key_is_documented_and_every_documented_key_exists() -> None:
+    assert set(KEYS) == {(part, key) for part, schema in PARTS.items() for key in schema["properties"]}
+
+
+@pytest.mark.parametrize(("part", "key"), KEYS)
+def test_documented_default_is_the_default(part: str, key: str) -> None:
+    schema = PARTS[part]
+    default = schema["properties"][key].get("default", "required")
+    cell = KEYS[part, key][2]
+    assert (cell == "required") == (key in schema.get("required", ()))
+    if default is None or (isinstance(default, (bool, int, float, list)) and key != "targets"):
+        assert cell == f"`{json.dumps(default)}`"
+    elif isinstance(default, str) and default != "required":
+        assert cell == f'`"{default}"`'
+    for number in re.findall(r"\d\.\d+", cell):
+        assert number in json.dumps(default), "a limit of a group"
+
+
+def test_rows_are_complete_and_name_steps_that_exist() -> None:
+    kinds = {*STEP_KINDS, "nothing", "the same", "see there", ""}
+    for place, cells in KEYS.items():
+        assert len(cells) == 6, place
+        first = re.split(r" or |,| \(", cells[5])[0]
+        assert first in kinds, f"{place} runs again from {cells[5]!r}"
+
+
+def test_links_in_the_specs_document_lead_somewhere() -> None:
+    anchors = {
+        re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-")
+        for heading in re.findall(r"^#+ (.*)$", SPEC_DOCUMENT, re.MULTILINE)
+    }
+    for target in re.findall(r"\]\(([^)]+)\)", SPEC_DOCUMENT):
+        file, _, anchor = target.partition("#")
+        assert not file or (ROOT / "docs" / file).is_file(), target
+        assert not anchor or anchor in anchors, target
+
+
+def test_example_spec_is_valid_and_edits_something_in_every_part(tmp_path: Path) -> None:
+    (example,) = re.findall(r"```yaml\n(.*?)```", SPEC_DOCUMENT, re.DOTALL)
+    spec = parse_spec(example, origin="docs/spec.md", base_dir=tmp_path)
+    assert spec.model_fields_set == set(SCHEMA["properties"])
+    assert yaml.safe_load(example)["variants"].keys() == spec.variants.keys()
+
+
+def quoted_messages() -> list[str]:
+    """What stands in code in the first cell of every row; ``...`` is a value."""
+    cells = re.findall(r"^\| (`[^|]+) \|", TROUBLESHOOTING, re.MULTILINE)
+    return [message for cell in cells for message in re.findall(r"`([^`]+)`", cell)]
+
+
+def source_strings() -> Iterator[str]:
+    """Every string in the source, its values replaced by NUL."""
+    for package in ("builder/enginesmith", "client/enginesmith_client"):
+        for path in sorted((ROOT / package).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    yield node.value
+                elif isinstance(node, ast.JoinedStr):
+                    yield "".join(
+                        str(part.value) if isinstance(part, ast.Constant) else "\0" for part in node.values
+                    )
+
+
+STRINGS = tuple(source_strings())
+
+
+@pytest.mark.parametrize("message", quoted_messages())
+def test_quoted_message_exists(message: str) -> None:
+    pattern = re.compile(".+".join(re.escape(part.strip()) for part in message.split("...")))
+    assert any(pattern.search(text) for text in STRINGS), message
+
+
+def test_messages_are_quoted_once() -> None:
+    messages = quoted_messages()
+    assert len(messages) > 50
+    assert len(messages) == len(set(messages))
