@@ -54,7 +54,7 @@ class Settings:
     batch_steps: int
 
 
-RECORD = Settings(rounds=9, steps=96, batch_rounds=3, batch_steps=48)
+RECORD = Settings(rounds=9, steps=96, batch_rounds=2, batch_steps=48)
 QUICK = Settings(rounds=2, steps=24, batch_rounds=1, batch_steps=12)
 
 

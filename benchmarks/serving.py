@@ -79,7 +79,7 @@ class Settings:
         return self.single_requests if concurrency == 1 else self.waves * concurrency
 
 
-RECORD = Settings(rounds=3, answer_tokens=48, single_requests=4, waves=3)
+RECORD = Settings(rounds=3, answer_tokens=48, single_requests=3, waves=2)
 QUICK = Settings(rounds=1, answer_tokens=16, single_requests=2, waves=1)
 
 
