@@ -20,7 +20,6 @@ from releases import (
     add_project_options,
     artifacts_of,
     baseline_of,
-    build,
     project_from,
     published_releases,
 )
@@ -40,10 +39,9 @@ ROUNDS, QUICK_ROUNDS = 9, 3
 
 def measure(project: Project) -> Outcome:
     """Bring everything up to date, then time what should be nothing."""
-    build(project)
     releases = published_releases(project)
     store = ArtifactStore(project.store, warn=say)
-    steps = list(artifacts_of(releases, store))
+    steps = artifacts_of(releases)
     before = _entries(store)
     rounds = QUICK_ROUNDS if project.quick else ROUNDS
     commands = {

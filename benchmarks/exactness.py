@@ -27,7 +27,6 @@ from truncation import Noise, layer_count, write_truncated
 
 from enginesmith.engines.onnxruntime import lower
 from enginesmith.schemes import SCHEMES
-from enginesmith.store import ArtifactStore
 from enginesmith.torch_models import load_model
 from enginesmith.verify.gate import NOISE_FACTOR
 from enginesmith.verify.measure import teacher_forced
@@ -98,19 +97,18 @@ def measure(project: Project) -> Outcome:
     """What the build measured, then the series over depth for every variant that rounds activations."""
     settings = QUICK if project.quick else RECORD
     releases = published_releases(project)
-    store = ArtifactStore(project.store, warn=say)
     measured = {release.variant: _measured(release) for release in releases}
     _show_measured(measured)
     series: dict[str, list[Depth]] = {}
     for release in releases:
         if SCHEMES[release.scheme].activation_bits < FLOAT_BITS:
-            series[release.variant] = _depth_series(release, store, settings)
+            series[release.variant] = _depth_series(release, settings)
             _show_series(release.variant, series[release.variant])
     figures = {
         "variants": measured,
         "by_depth": {name: [asdict(depth) for depth in depths] for name, depths in series.items()},
     }
-    positions = settings.windows * (_windows(releases[0], store).shape[1] - 1)
+    positions = settings.windows * (_windows(releases[0]).shape[1] - 1)
     described = asdict(settings) | {
         "noise": asdict(NOISE),
         "positions_by_depth": positions,
@@ -124,15 +122,15 @@ def _measured(release: Release) -> dict[str, Any]:
     return {"scheme": release.scheme} | {name: facts.get(name) for name in names}
 
 
-def _windows(release: Release, store: ArtifactStore) -> npt.NDArray[np.int64]:
+def _windows(release: Release) -> npt.NDArray[np.int64]:
     """Token windows int64 [n, length] of the build's own evaluation text."""
-    windows, _ = load_reference(release.artifact("shared reference", store).path)
+    windows, _ = load_reference(release.artifacts["shared reference"].path)
     return windows
 
 
-def _depth_series(release: Release, store: ArtifactStore, settings: Settings) -> list[Depth]:
-    checkpoint = release.artifact("quantize", store).path
-    windows = _windows(release, store)[: settings.windows]
+def _depth_series(release: Release, settings: Settings) -> list[Depth]:
+    checkpoint = release.artifacts["quantize"].path
+    windows = _windows(release)[: settings.windows]
     whole = layer_count(checkpoint)
     depths = sorted({min(depth, whole) for depth in settings.depths})
     series = []

@@ -1,7 +1,7 @@
-"""The published releases that are measured, with the evidence and the artifacts behind each.
+"""The published releases that are measured, and the artifacts behind each.
 
-A benchmark measures what is served, so it starts from the model repository: the version that ``config.pbtxt`` names,
-and the keys in that version's ``release.json``, by which the store still has everything the release was made from.
+A benchmark measures what is served: the version directory that ``config.pbtxt`` names. The command line brings it up to
+date first, so the plan's artifacts in the store are those that it was made from.
 """
 
 from __future__ import annotations
@@ -9,16 +9,18 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from figures import say
 
+from enginesmith.build import title_of
 from enginesmith.checkpoints.tensors import read_json_object
 from enginesmith.errors import OperatorError, SpecError, StoreError
-from enginesmith.publish.local import CONFIG_FILE, RELEASE_FILE
+from enginesmith.plan import Plan, Step, make_plan
+from enginesmith.publish.local import CONFIG_FILE
 from enginesmith.spec import ModelSpec, load_spec
 from enginesmith.store import Artifact, ArtifactStore
 from enginesmith.triton.config import parse_config
@@ -59,28 +61,12 @@ class Release:
     directory: Path
     """The version directory: engine, tokenizer, ``serving.json``."""
     serving: Mapping[str, Any]
-    steps: Mapping[str, Mapping[str, Any]]
-    """Key, facts and tools of every step behind it; those that variants share are named ``shared <kind>``."""
+    artifacts: Mapping[str, Artifact]
+    """What every step behind it made, by kind; those that variants share are named ``shared <kind>``."""
 
     def facts(self, kind: str) -> Mapping[str, Any]:
         """What a step of this release found."""
-        facts: Mapping[str, Any] = self.steps[kind]["facts"]
-        return facts
-
-    def artifact(self, kind: str, store: ArtifactStore) -> Artifact:
-        """What a step of this release made.
-
-        Raises:
-            StoreError: the store no longer has it.
-        """
-        key = self.steps[kind]["key"]
-        found = store.inspect(key)
-        if not isinstance(found, Artifact):
-            raise StoreError(
-                f"the store {store.root} has no sound artifact {key[:12]} ({kind} of {self.model})",
-                hint="build and publish again with this store: enginesmith build SPEC --publish DIR",
-            )
-        return found
+        return self.artifacts[kind].facts
 
 
 def add_project_options(parser: argparse.ArgumentParser) -> None:
@@ -112,28 +98,20 @@ def project_from(arguments: argparse.Namespace) -> Project:
 
 
 def published_releases(project: Project) -> list[Release]:
-    """The served release of every variant; those that were never published are built first.
+    """The served release of every variant, after whatever was missing or out of date has been built and published.
 
     Raises:
-        OperatorError: the build failed, or a release is damaged.
-    """
-    if missing := [name for name in project.variants if not _config_path(project, name).is_file()]:
-        say(f"not published yet: {', '.join(missing)}; building")
-        build(project)
-    return [_release(project, name) for name in project.variants]
-
-
-def build(project: Project) -> None:
-    """Bring the store and the repository up to date through the command line; its progress goes to stderr.
-
-    Raises:
-        OperatorError: it failed.
+        OperatorError: the build failed.
+        StoreError: the store is damaged.
     """
     done = subprocess.run(project.build_command(), stdout=subprocess.DEVNULL, check=False)
     if done.returncode != 0:
         raise OperatorError(
             f"enginesmith build ended with status {done.returncode}", hint="its own message is above"
         )
+    store = ArtifactStore(project.store, warn=say)
+    plan = make_plan(project.spec, store, variants=project.variants)
+    return [_release(project, plan, variant, store) for variant in plan.variants]
 
 
 def baseline_of(releases: Sequence[Release]) -> Release:
@@ -152,34 +130,41 @@ def baseline_of(releases: Sequence[Release]) -> Release:
     )
 
 
-def artifacts_of(releases: Sequence[Release], store: ArtifactStore) -> Iterator[tuple[str, str, Artifact]]:
+def artifacts_of(releases: Sequence[Release]) -> list[tuple[str, str, Artifact]]:
     """Every step behind ``releases`` once: its kind, its variant ("" for shared steps), its artifact."""
-    seen: set[str] = set()
+    found: dict[str, tuple[str, str, Artifact]] = {}
     for release in releases:
-        for kind in release.steps:
-            artifact = release.artifact(kind, store)
-            if artifact.key not in seen:
-                seen.add(artifact.key)
-                shared = kind.startswith("shared ")
-                yield kind.removeprefix("shared "), "" if shared else release.variant, artifact
+        for kind, artifact in release.artifacts.items():
+            variant = "" if kind.startswith("shared ") else release.variant
+            found.setdefault(artifact.key, (kind.removeprefix("shared "), variant, artifact))
+    return list(found.values())
 
 
-def _config_path(project: Project, variant: str) -> Path:
-    return project.repository / project.spec.triton_name(variant) / CONFIG_FILE
-
-
-def _release(project: Project, variant: str) -> Release:
-    path = _config_path(project, variant)
+def _release(project: Project, plan: Plan, variant: str, store: ArtifactStore) -> Release:
+    path = project.repository / project.spec.triton_name(variant) / CONFIG_FILE
     config = parse_config(path.read_text(encoding="utf-8"), origin=str(path))
     (version,) = config.version_policy.specific.versions
     directory = path.parent / str(version)
-    evidence = read_json_object(directory / RELEASE_FILE)["evidence"]
     return Release(
         model=config.name,
         variant=variant,
-        scheme=evidence["scheme"],
+        scheme=project.spec.variants[variant].scheme,
         version=int(version),
         directory=directory,
         serving=read_json_object(directory / "serving.json"),
-        steps=evidence["steps"],
+        artifacts={
+            step.kind if step.variant else f"shared {step.kind}": _artifact(step, store)
+            for step in plan.steps
+            if step.variant in (None, variant)
+        },
     )
+
+
+def _artifact(step: Step, store: ArtifactStore) -> Artifact:
+    found = store.inspect(step.key)
+    if not isinstance(found, Artifact):
+        raise StoreError(
+            f"the store {store.root} has no sound artifact {step.key[:12]} ({title_of(step)}), although it was just built",
+            hint="did the code or the spec change meanwhile? Run the benchmark again",
+        )
+    return found

@@ -19,7 +19,7 @@ from typing import Any
 
 from figures import bar_cells, exit_status, print_table, say
 from machine import load_average, machine, versions
-from releases import add_project_options, build, project_from
+from releases import add_project_options
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -95,12 +95,11 @@ def _summary(results: Sequence[Mapping[str, Any]]) -> None:
 
 
 def run_all(given: argparse.Namespace) -> int:
-    """Build what is to be measured, measure it, record it."""
+    """Run the scripts in turn and record what they found; each builds what it lacks."""
     shared = ["--spec", str(given.spec), "--store", str(given.store), "--repository", str(given.repository)]
     shared += [part for variant in given.variant for part in ("--variant", variant)]
     shared += ["--quick"] if given.quick else []
     peer = [] if given.llama_python is None else ["--llama-python", str(given.llama_python)]
-    build(project_from(given))
     results = []
     for name in SCRIPTS:
         if given.only and name not in given.only:
