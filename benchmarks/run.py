@@ -1,9 +1,8 @@
 """Runs every benchmark, each in a process of its own, and records what they found.
 
 Writes ``benchmarks/results/<name>.json`` (figures, bars, machine, versions, load before) and the table of bars in
-``benchmarks/README.md``. A quick run, or one of chosen variants,
-records nothing. Exit status 1 when a script failed; a bar that is missed is a
-result and no failure.
+``benchmarks/README.md``. A quick run, or one of chosen variants, records nothing. Exit status 1 when a script failed; a
+bar that is missed is a result and no failure.
 """
 
 from __future__ import annotations
