@@ -73,7 +73,7 @@ def unsupported_architecture(checkpoint: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "status", "words"),
     [
-        (missing_shard, 1, (LAST_SHARD, "model.safetensors.index.json")),
+        (missing_shard, 1, (f"shard {LAST_SHARD} is missing", "fetch the missing file")),
         (truncated_shard, 1, (LAST_SHARD, "fetch this file again")),
         (wrong_dtype, 1, (LAST_SHARD, "has dtype I64; allowed: BF16, F16, F32")),
         (unsupported_architecture, 2, ("GPT2LMHeadModel is not supported", "LlamaForCausalLM")),

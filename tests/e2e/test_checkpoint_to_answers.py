@@ -108,7 +108,7 @@ def test_prompt_that_is_not_utf8_is_refused_and_hurts_nobody(served: Served, pro
         assert client.generate("tiny-bf16", "Once upon a time", max_tokens=2).output_tokens
 
 
-def test_served_answers_are_the_same_for_requests_that_share_a_batch_and_have_one_seed(
+def test_one_seed_gives_one_answer(
     served: Served,
 ) -> None:
     with Client(served.grpc_url, timeout_s=60) as client:
