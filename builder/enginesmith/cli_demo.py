@@ -33,13 +33,12 @@ def demo(store_root: Path, spec: Path, repository: Path, *, jobs: int, server: s
       enginesmith demo models/smollm2-135m.yaml
       enginesmith demo models/smollm2-135m.yaml --repository /tmp/models --json > demo.json
     """
-    from enginesmith_client import Client, TritonClientError
-
     from enginesmith.cli_build import build_and_publish, print_tables
     from enginesmith.console import work_display
     from enginesmith.demo import QUESTION, comparison_table, measure_served
     from enginesmith.errors import OperatorError
     from enginesmith.triton.server import TritonServer, find_server
+    from enginesmith_client import Client, TritonClientError
 
     report, publications = build_and_publish(store_root, spec, repository, jobs=jobs, server=server)
     models = [publication.model for publication in publications]

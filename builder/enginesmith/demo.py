@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 from enginesmith.errors import ServerError
 
 if TYPE_CHECKING:
-    from enginesmith_client import Client
     from rich.table import Table
 
     from enginesmith.report import VariantReport
+    from enginesmith_client import Client
 
 QUESTION = "What is the difference between a compiler and an interpreter?"
 LOAD_QUESTIONS = (
@@ -83,7 +83,9 @@ def _tokens_per_s(client: Client, model: str, *, requests: int, concurrency: int
         tokens = sum(pool.map(ask, range(requests)))
         elapsed_s = time.perf_counter() - started
     if not tokens:
-        raise ServerError(f"{model} answered {requests} requests with no token at all", hint="see the server's log")
+        raise ServerError(
+            f"{model} answered {requests} requests with no token at all", hint="see the server's log"
+        )
     return tokens / elapsed_s
 
 

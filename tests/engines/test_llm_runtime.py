@@ -117,6 +117,20 @@ def test_sequences_that_join_and_leave_generate_what_each_does_alone(
         assert one.tokens == alone(single, list(one.prompt), one.sampling)
 
 
+def test_bound_memory_outlives_what_is_allocated_meanwhile(llama: Runtime) -> None:
+    """Bindings hold addresses: small blocks that are freed and filled again must not be among them."""
+    sampling = Sampling(max_tokens=8)
+    expected = alone(llama, prompts(1)[0], sampling)
+    sequence = Generation(prompts(1)[0], sampling)
+    llama.start(sequence)
+    filled = []
+    while sequence.finish_reason is None:
+        filled += [np.full(size, 7, np.int64) for size in (1, 2, 3, 8, 16) for _ in range(200)]
+        llama.step()
+    llama.retire()
+    assert sequence.tokens == expected
+
+
 def test_slot_taken_over_by_the_last_sequence_keeps_its_history(llama: Runtime) -> None:
     short, long, longest = (
         Generation(prompt, Sampling(max_tokens=count))

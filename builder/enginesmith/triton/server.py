@@ -221,7 +221,11 @@ class TritonServer:
         Raises:
             ServerError: with the exit status and the end of the log.
         """
-        self._running().wait()
+        self._running()
+        assert self._owner is not None, "a running server has an owner"
+        # A signal that arrives just before an unlimited wait would not interrupt it.
+        while self._owner.is_alive():
+            self._owner.join(_POLL_INTERVAL_S * 10)
         self._require_alive("while it was serving")
 
     def stop(self) -> None:
@@ -369,11 +373,11 @@ def serve_forever(
     with _sigterm_as_interrupt(), instance:
         instance.wait_ready(on_progress=on_progress)
         models = sorted({state.name for state in instance.model_states() if state.state == "READY"})
-        on_progress(
-            1.0,
-            f"serving {', '.join(models)}\n  gRPC     {instance.grpc_url}\n  HTTP     http://{instance.http_url}\n  metrics  {instance.metrics_url}",
-        )
         with contextlib.suppress(KeyboardInterrupt):
+            on_progress(
+                1.0,
+                f"serving {', '.join(models)}\n  gRPC     {instance.grpc_url}\n  HTTP     http://{instance.http_url}\n  metrics  {instance.metrics_url}",
+            )
             instance.wait_exit()
 
 

@@ -109,6 +109,8 @@ class Runtime:
         self._cache = {name: np.zeros(shape, np.float32) for name in names}
         self._ids = np.zeros((slots, 1), np.int64)
         self._mask = np.zeros((slots, capacity), np.int64)
+        # Bindings hold addresses only: what they point to must live as long as they do.
+        self._logits_to_keep = np.ones(1, np.int64)
         self._logits = np.zeros((slots, 1, self.engine["vocab_size"]), np.float32)
         self._bindings: dict[int, ort.IOBinding] = {}
         self.running: list[Generation] = []
@@ -135,10 +137,11 @@ class Runtime:
         slot, length = len(self.running), len(sequence.prompt)
         binding = self._session.io_binding()
         ids = np.array([sequence.prompt], np.int64)
+        mask = np.ones((1, length), np.int64)
         logits = np.empty((1, 1, self._logits.shape[2]), np.float32)
         _bind_input(binding, "input_ids", ids)
-        _bind_input(binding, "attention_mask", np.ones((1, length), np.int64))
-        _bind_input(binding, "logits_to_keep", np.ones(1, np.int64))
+        _bind_input(binding, "attention_mask", mask)
+        _bind_input(binding, "logits_to_keep", self._logits_to_keep)
         self._bind_cache(binding, slot, slot + 1)
         _bind_output(binding, "logits", logits)
         self._session.run_with_iobinding(binding)
@@ -213,7 +216,7 @@ class Runtime:
             binding = self._session.io_binding()
             _bind_input(binding, "input_ids", self._ids[:count])
             _bind_input(binding, "attention_mask", self._mask[:count])
-            _bind_input(binding, "logits_to_keep", np.ones(1, np.int64))
+            _bind_input(binding, "logits_to_keep", self._logits_to_keep)
             self._bind_cache(binding, 0, count)
             _bind_output(binding, "logits", self._logits[:count])
             self._bindings[count] = binding
