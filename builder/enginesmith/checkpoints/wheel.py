@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import shutil
 import subprocess
 import sys
@@ -27,7 +26,8 @@ def download_wheel(requirement: str, directory: Path, *, sha256: str) -> Path:
         SourceError: no such wheel, no network, or other bytes than ``sha256`` promises.
         ToolchainError: this Python has no pip.
     """
-    if importlib.util.find_spec("pip") is None:
+    # Not importlib.util.find_spec("pip"): setuptools watches for it and gives up distutils in this process.
+    if not any(Path(place, "pip").is_dir() for place in sys.path):
         raise ToolchainError(
             f"{sys.executable} has no pip, which fetches {requirement}", hint="run: python -m ensurepip"
         )
