@@ -43,7 +43,7 @@ _PROBE_CAPACITY = 512
 
 
 def run(context: StepContext) -> Mapping[str, Any]:
-    """Write ``measurements.json``; the facts are its figures without the probes' texts."""
+    """Write ``measurements.json``; the facts are the same figures."""
     directory = context.inputs["engine"]
     engine = json.loads((directory / "engine.json").read_text())
     windows, reference = load_reference(context.inputs["reference"])
