@@ -12,7 +12,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-Architecture = Literal["LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"]
+Architecture = Literal[
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "MixtralForCausalLM",
+    "Qwen2MoeForCausalLM",
+    "Qwen3MoeForCausalLM",
+]
 
 VOCAB_SIZE = 512
 END_OF_TEXT = "<|endoftext|>"
@@ -49,8 +57,16 @@ def tiny_checkpoint(
     seed: int = 0,
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
     shards: int = 1,
+    experts: int = 4,
+    experts_per_token: int = 2,
+    expert_intermediate: int = 32,
+    shared_intermediate: int = 96,
+    **config_keys: Any,
 ) -> Path:
     """``directory``, filled with a random checkpoint in Hugging Face format. The same arguments give the same bytes.
+
+    ``experts`` and what follows shape the mixture-of-experts architectures alone; Mixtral's experts have the
+    ``intermediate`` size. ``config_keys`` are further keys of the config, e.g. ``norm_topk_prob=True``.
 
     ``qkv_bias`` adds projection biases to Llama and Qwen3 (theirs include the output projection); Qwen2 always has
     them on q, k and v, Mistral has none. ``sliding_window`` limits attention in Mistral and, in every layer, Qwen.
@@ -70,6 +86,8 @@ def tiny_checkpoint(
         rope_parameters=LLAMA3_ROPE if rope_scaling else {"rope_type": "default", "rope_theta": 10000.0},
         sliding_window=sliding_window,
         qkv_bias=qkv_bias,
+        **_moe_keys(architecture, experts, experts_per_token, expert_intermediate, shared_intermediate),
+        **config_keys,
     )
     model = getattr(transformers, architecture)(config)
     generator = torch.Generator().manual_seed(seed)
@@ -82,6 +100,21 @@ def tiny_checkpoint(
     if shards > 1:
         split_into_shards(directory, shards)
     return directory
+
+
+def _moe_keys(
+    architecture: Architecture, experts: int, experts_per_token: int, intermediate: int, shared: int
+) -> dict[str, Any]:
+    if architecture == "MixtralForCausalLM":
+        return {"num_local_experts": experts, "num_experts_per_tok": experts_per_token}
+    if not architecture.endswith("MoeForCausalLM"):
+        return {}
+    keys = {
+        "num_experts": experts,
+        "num_experts_per_tok": experts_per_token,
+        "moe_intermediate_size": intermediate,
+    }
+    return keys | ({"shared_expert_intermediate_size": shared} if architecture == "Qwen2MoeForCausalLM" else {})
 
 
 def write_tokenizer(directory: Path) -> None:
@@ -122,18 +155,18 @@ def _config(architecture: Architecture, *, sliding_window: int | None, qkv_bias:
 
     config_class = getattr(transformers, architecture.removesuffix("ForCausalLM") + "Config")
     options: dict[str, Any] = {}
-    if architecture == "MistralForCausalLM":
+    if architecture in ("MistralForCausalLM", "MixtralForCausalLM"):
         options["sliding_window"] = sliding_window
     elif architecture.startswith("Qwen") and sliding_window is not None:
         options |= {"use_sliding_window": True, "sliding_window": sliding_window, "max_window_layers": 0}
     elif sliding_window is not None:
         raise ValueError(f"{architecture} has no sliding window")
-    if architecture in ("LlamaForCausalLM", "Qwen3ForCausalLM"):
+    if architecture in ("LlamaForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM"):
         options["attention_bias"] = qkv_bias
-    elif qkv_bias and architecture == "MistralForCausalLM":
+    elif qkv_bias and architecture in ("MistralForCausalLM", "MixtralForCausalLM"):
         raise ValueError(f"{architecture} has no projection biases")
     if (
-        architecture == "Qwen2ForCausalLM"
+        architecture in ("Qwen2ForCausalLM", "Qwen2MoeForCausalLM")
         and shape["head_dim"] * shape["num_attention_heads"] == shape["hidden_size"]
     ):
         del shape["head_dim"]

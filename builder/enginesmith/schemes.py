@@ -7,7 +7,7 @@ A scheme names a ModelOpt recipe and the numbers that describe its result. Runti
 from dataclasses import dataclass
 from typing import Literal
 
-SchemeName = Literal["none", "int8_sq", "int8_wo", "int4_awq", "fp8"]
+SchemeName = Literal["none", "int8_sq", "int8_wo", "int4_awq", "w4a8_awq", "fp8"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ SCHEMES: dict[str, Scheme] = {
         Scheme("int8_sq", "W8A8 SmoothQuant", "INT8_SMOOTHQUANT_CFG", "W8A8_SQ_PER_CHANNEL", 8, 8),
         Scheme("int8_wo", "INT8 weights only", "INT8_WEIGHT_ONLY_CFG", "W8A16", 8, 16),
         Scheme("int4_awq", "INT4 AWQ", "INT4_AWQ_CFG", "W4A16_AWQ", 4, 16, grouped=True),
+        Scheme("w4a8_awq", "INT4 AWQ, FP8 activations", "W4A8_AWQ_BETA_CFG", "W4A8_AWQ", 4, 8, grouped=True),
         Scheme("fp8", "FP8 (E4M3)", "FP8_DEFAULT_CFG", "FP8", 8, 8),
     )
 }

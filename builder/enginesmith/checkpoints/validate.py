@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,22 @@ WEIGHT_DTYPES = ("BF16", "F16", "F32")
 """Dtypes of an unquantized checkpoint."""
 QUANTIZED_DTYPES = ("I8", "U8", "F8_E4M3")
 """Further dtypes of the projection weights in a checkpoint that ModelOpt quantized."""
+
+MOE_ARCHITECTURES = ("MixtralForCausalLM", "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM")
+"""Architectures with a mixture of experts; their checkpoints store the experts one by one."""
+QK_NORM_ARCHITECTURES = ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
+"""Architectures that normalize every query and key head."""
+_DEFAULT_KV_HEADS: Mapping[str, int] = {
+    "MistralForCausalLM": 8,
+    "Qwen2ForCausalLM": 32,
+    "Qwen3ForCausalLM": 32,
+    "MixtralForCausalLM": 8,
+    "Qwen2MoeForCausalLM": 16,
+    "Qwen3MoeForCausalLM": 4,
+}
+_ATTENTION_BIAS_KEY: Mapping[str, tuple[str, bool]] = {"Qwen2MoeForCausalLM": ("qkv_bias", True)}
+_QKV_BIAS_ONLY = ("Qwen2ForCausalLM", "Qwen2MoeForCausalLM")
+_BIASED_ON_REQUEST = ("LlamaForCausalLM", "Qwen3ForCausalLM", "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM")
 
 _Shape = tuple[int, ...]
 
@@ -37,6 +53,19 @@ class CheckpointSummary:
 
 
 @dataclass(frozen=True)
+class MoeDimensions:
+    """The experts of a mixture-of-experts model."""
+
+    experts: int
+    intermediate_size: int
+    """Of each expert."""
+    shared_intermediate_size: int | None
+    """Of the expert that every token visits (Qwen2-MoE), or None where there is none."""
+    sparse_layers: frozenset[int]
+    """The layers that have experts; the others have one dense MLP."""
+
+
+@dataclass(frozen=True)
 class Dimensions:
     """The sizes in ``config.json`` that decide tensor shapes."""
 
@@ -50,6 +79,7 @@ class Dimensions:
     tied: bool
     attention_bias: bool
     mlp_bias: bool
+    moe: MoeDimensions | None = None
 
 
 def validate_checkpoint(directory: Path) -> CheckpointSummary:
@@ -110,26 +140,48 @@ def dimensions_of(config: Mapping[str, Any], architecture: str, path: Path) -> D
     kv_heads = size("num_key_value_heads", _kv_heads_default(config, architecture, heads))
     if heads % kv_heads:
         raise SourceError(f"{path}: {heads} attention heads cannot share {kv_heads} key-value heads evenly")
-    # Qwen3 is the one of the four whose default does not follow from the other sizes.
+    # Qwen3 is the one whose default does not follow from the other sizes.
     head_dim = size("head_dim", 128 if architecture == "Qwen3ForCausalLM" else hidden_size // heads)
+    layers = size("num_hidden_layers")
     return Dimensions(
         vocab_size=size("vocab_size"),
         hidden_size=hidden_size,
         intermediate_size=size("intermediate_size"),
-        layers=size("num_hidden_layers"),
+        layers=layers,
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
         tied=bool(config.get("tie_word_embeddings", False)),
-        attention_bias=bool(config.get("attention_bias", False)),
+        attention_bias=bool(config.get(*_ATTENTION_BIAS_KEY.get(architecture, ("attention_bias", False)))),
         mlp_bias=bool(config.get("mlp_bias", False)),
+        moe=_moe_of(config, architecture, size, layers=layers),
     )
+
+
+def _moe_of(
+    config: Mapping[str, Any], architecture: str, size: Callable[[str], int], *, layers: int
+) -> MoeDimensions | None:
+    if architecture not in MOE_ARCHITECTURES:
+        return None
+    if architecture == "MixtralForCausalLM":
+        sparse = range(layers)
+        return MoeDimensions(size("num_local_experts"), size("intermediate_size"), None, frozenset(sparse))
+    # transformers 5 writes num_local_experts for Qwen3-MoE, transformers 4 wrote num_experts.
+    experts = size("num_experts" if "num_experts" in config else "num_local_experts")
+    shared = size("shared_expert_intermediate_size") if architecture == "Qwen2MoeForCausalLM" else None
+    return MoeDimensions(experts, size("moe_intermediate_size"), shared, sparse_layers(config, layers))
+
+
+def sparse_layers(config: Mapping[str, Any], layers: int) -> frozenset[int]:
+    """The layers of a Qwen-MoE model that have experts, as its ``config.json`` says."""
+    step, dense = int(config.get("decoder_sparse_step") or 1), config.get("mlp_only_layers") or []
+    return frozenset(layer for layer in range(layers) if layer not in dense and (layer + 1) % step == 0)
 
 
 def _kv_heads_default(config: Mapping[str, Any], architecture: str, heads: int) -> int:
     if "num_key_value_heads" in config:  # null: as many as there are query heads
         return heads
-    return {"MistralForCausalLM": 8, "Qwen2ForCausalLM": 32, "Qwen3ForCausalLM": 32}.get(architecture, heads)
+    return _DEFAULT_KV_HEADS.get(architecture, heads)
 
 
 def expected_shapes(architecture: str, dimensions: Dimensions) -> dict[str, _Shape]:
@@ -142,36 +194,70 @@ def expected_shapes(architecture: str, dimensions: Dimensions) -> dict[str, _Sha
     if not dimensions.tied:
         shapes["lm_head.weight"] = (dimensions.vocab_size, hidden)
     for layer in range(dimensions.layers):
-        for name, shape in _layer_shapes(architecture, dimensions):
-            shapes[f"model.layers.{layer}.{name}"] = shape
+        prefix = f"model.layers.{layer}"
+        for name, shape in _attention_shapes(architecture, dimensions):
+            shapes[f"{prefix}.{name}"] = shape
+        for name, shape in _mlp_shapes(architecture, dimensions, layer):
+            shapes[f"{prefix}.{name}"] = shape
     return shapes
 
 
-def _layer_shapes(architecture: str, dimensions: Dimensions) -> Iterator[tuple[str, _Shape]]:
-    hidden, intermediate = dimensions.hidden_size, dimensions.intermediate_size
+def _attention_shapes(architecture: str, dimensions: Dimensions) -> Iterator[tuple[str, _Shape]]:
+    hidden = dimensions.hidden_size
     query, key_value = dimensions.heads * dimensions.head_dim, dimensions.kv_heads * dimensions.head_dim
     qkv_bias = architecture == "Qwen2ForCausalLM" or (
-        architecture in ("LlamaForCausalLM", "Qwen3ForCausalLM") and dimensions.attention_bias
+        architecture in _BIASED_ON_REQUEST and dimensions.attention_bias
     )
-    output_bias = qkv_bias and architecture != "Qwen2ForCausalLM"
-    mlp_bias = architecture == "LlamaForCausalLM" and dimensions.mlp_bias
+    output_bias = qkv_bias and architecture not in _QKV_BIAS_ONLY
     for name, rows, columns, bias in (
         ("self_attn.q_proj", query, hidden, qkv_bias),
         ("self_attn.k_proj", key_value, hidden, qkv_bias),
         ("self_attn.v_proj", key_value, hidden, qkv_bias),
         ("self_attn.o_proj", hidden, query, output_bias),
-        ("mlp.gate_proj", intermediate, hidden, mlp_bias),
-        ("mlp.up_proj", intermediate, hidden, mlp_bias),
-        ("mlp.down_proj", hidden, intermediate, mlp_bias),
     ):
         yield f"{name}.weight", (rows, columns)
         if bias:
             yield f"{name}.bias", (rows,)
-    if architecture == "Qwen3ForCausalLM":
+    if architecture in QK_NORM_ARCHITECTURES:
         yield "self_attn.q_norm.weight", (dimensions.head_dim,)
         yield "self_attn.k_norm.weight", (dimensions.head_dim,)
     yield "input_layernorm.weight", (hidden,)
     yield "post_attention_layernorm.weight", (hidden,)
+
+
+def _mlp_shapes(architecture: str, dimensions: Dimensions, layer: int) -> Iterator[tuple[str, _Shape]]:
+    hidden, intermediate = dimensions.hidden_size, dimensions.intermediate_size
+    moe = dimensions.moe
+    if moe is None or layer not in moe.sparse_layers:
+        names = ("gate_proj", "up_proj", "down_proj")
+        yield from _gated_mlp_shapes("mlp", names, hidden, intermediate)
+        if architecture == "LlamaForCausalLM" and dimensions.mlp_bias:
+            for name, rows in zip(names, (intermediate, intermediate, hidden), strict=True):
+                yield f"mlp.{name}.bias", (rows,)
+        return
+    block, names = moe_block(architecture)
+    yield f"{block}.gate.weight", (moe.experts, hidden)
+    for expert in range(moe.experts):
+        yield from _gated_mlp_shapes(f"{block}.experts.{expert}", names, hidden, moe.intermediate_size)
+    if moe.shared_intermediate_size is not None:
+        yield from _gated_mlp_shapes(f"{block}.shared_expert", names, hidden, moe.shared_intermediate_size)
+        yield f"{block}.shared_expert_gate.weight", (1, hidden)
+
+
+def moe_block(architecture: str) -> tuple[str, tuple[str, str, str]]:
+    """Where a layer of a mixture-of-experts model keeps its experts, and what it calls gate, up and down."""
+    if architecture == "MixtralForCausalLM":
+        return "block_sparse_moe", ("w1", "w3", "w2")
+    return "mlp", ("gate_proj", "up_proj", "down_proj")
+
+
+def _gated_mlp_shapes(
+    prefix: str, names: tuple[str, str, str], hidden: int, intermediate: int
+) -> Iterator[tuple[str, _Shape]]:
+    gate, up, down = names
+    yield f"{prefix}.{gate}.weight", (intermediate, hidden)
+    yield f"{prefix}.{up}.weight", (intermediate, hidden)
+    yield f"{prefix}.{down}.weight", (hidden, intermediate)
 
 
 def _check_names(
@@ -186,7 +272,7 @@ def _check_names(
     for name in tensors.names():
         if name in expected or name == "lm_head.weight" or name.endswith(".rotary_emb.inv_freq"):
             continue  # A tied head may be stored as well; inv_freq is a constant that old exporters wrote.
-        if quantized and name.endswith("_scale"):
+        if quantized and name.endswith(("_scale", "_scale_2")):
             continue
         seen_layer = name.removeprefix("model.layers.").split(".")[0]
         if seen_layer.isdigit() and int(seen_layer) >= layers:
