@@ -9,24 +9,21 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from enginesmith.errors import SpecError
 from enginesmith.schemes import SCHEMES, SchemeName
 from enginesmith.spec_errors import explain_problem
+from enginesmith.spec_part import Part
+from enginesmith.targets import OnnxRuntimeTarget, Target
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9_.-]{0,62}$"
 _WHEEL_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9][A-Za-z0-9.+!_-]*$"
-
-
-class Part(BaseModel):
-    """A part of the spec: immutable, and every key is known."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class Source(Part):
@@ -133,6 +130,16 @@ class Limits(Part):
     )
 
 
+KV_CACHES: Mapping[SchemeName, tuple[str, ...]] = {
+    "none": (),
+    "int8_sq": ("int8",),
+    "int8_wo": ("int8",),
+    "int4_awq": ("int8",),
+    "w4a8_awq": ("fp8",),
+    "fp8": ("fp8",),
+}
+"""How the KV cache may be quantized beside each scheme."""
+
 LOWERING_LIMITS = Limits(min_top1_agreement=0.995, max_mean_logprob_delta=0.01)
 QUALITY_LIMITS = Limits(min_top1_agreement=0.6, max_perplexity_increase=0.5)
 BASELINE_LIMITS = Limits(min_top1_agreement=0.999, max_mean_logprob_delta=0.001, max_logit_delta=0.01)
@@ -176,13 +183,17 @@ class Variant(Part):
 
     scheme: SchemeName
     group_size: int | None = Field(
-        default=None, description="Input channels per scale (int4_awq): 32, 64, 128 or 256. Default 128."
+        default=None,
+        description="Input channels per scale (int4_awq, w4a8_awq): 32, 64, 128 or 256. Default 128.",
     )
     alpha: float = Field(default=0.5, ge=0, le=1, description="SmoothQuant migration strength (int8_sq).")
     alpha_step: float = Field(
-        default=0.1, gt=0, le=0.5, description="Step of the AWQ scale search (int4_awq)."
+        default=0.1, gt=0, le=0.5, description="Step of the AWQ scale search (int4_awq, w4a8_awq)."
     )
-    kv_cache: Literal["none", "fp8"] = Field(default="none", description="Quantize the KV cache too (fp8).")
+    kv_cache: Literal["none", "fp8", "int8"] = Field(
+        default="none",
+        description="Quantize the KV cache too: fp8 with fp8 and w4a8_awq, int8 with the INT8 and INT4 schemes.",
+    )
     lm_head: Literal["none", "scheme"] = Field(
         default="none", description="Quantize the output head with the scheme as well. Tied heads cannot be."
     )
@@ -198,11 +209,16 @@ class Variant(Part):
     @model_validator(mode="after")
     def _parameters_fit_scheme(self) -> Variant:
         if self.group_size is not None and not SCHEMES[self.scheme].grouped:
-            raise ValueError(f"group_size has no meaning for scheme {self.scheme}; it belongs to int4_awq")
+            raise ValueError(
+                f"group_size has no meaning for scheme {self.scheme}; it belongs to int4_awq and w4a8_awq"
+            )
         if self.group_size is not None and self.group_size not in (32, 64, 128, 256):
             raise ValueError(f"group_size {self.group_size} is not one of 32, 64, 128, 256")
-        if self.kv_cache == "fp8" and self.scheme != "fp8":
-            raise ValueError(f"kv_cache: fp8 belongs to scheme fp8, not {self.scheme}")
+        if self.kv_cache != "none" and self.kv_cache not in KV_CACHES[self.scheme]:
+            allowed = " or ".join(("none", *KV_CACHES[self.scheme]))
+            raise ValueError(
+                f"kv_cache: {self.kv_cache} does not go with scheme {self.scheme}; allowed: {allowed}"
+            )
         return self
 
     @property
@@ -211,18 +227,6 @@ class Variant(Part):
         if not SCHEMES[self.scheme].grouped:
             return None
         return self.group_size or 128
-
-
-class OnnxRuntimeTarget(Part):
-    """ONNX Runtime engines, served by Triton's Python backend."""
-
-    runtime: Literal["onnxruntime"]
-    device: Literal["cpu"] = "cpu"
-    mode: Literal["fast", "exact"] = Field(
-        default="fast",
-        description="fast: INT8 activations inside the weight-only kernels and an 8-bit output head. exact: FP32 activations.",
-    )
-    threads: int = Field(default=0, ge=0, description="Intra-op threads of each instance; 0 means all cores.")
 
 
 class QueuePolicy(Part):
@@ -306,9 +310,7 @@ class ModelSpec(Part):
     source: Source
     calibration: Calibration = Calibration()
     variants: Annotated[dict[str, Variant], Field(min_length=1)]
-    targets: Annotated[tuple[OnnxRuntimeTarget, ...], Field(min_length=1, max_length=1)] = (
-        OnnxRuntimeTarget(runtime="onnxruntime"),
-    )
+    targets: Annotated[tuple[Target, ...], Field(min_length=1)] = (OnnxRuntimeTarget(runtime="onnxruntime"),)
     serving: Serving = Serving()
     verify: Verification = Verification()
     slo: Slo = Slo()
@@ -336,10 +338,38 @@ class ModelSpec(Part):
         """The file it was read from, where there is one."""
         return self._path
 
+    @model_validator(mode="after")
+    def _targets_fit(self) -> ModelSpec:
+        names = [target.name for target in self.targets]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(
+                f"targets: the name {twice[0]!r} is used twice; give each target a name of its own"
+            )
+        for target in self.targets:
+            if unknown := [name for name in target.variants or () if name not in self.variants]:
+                raise ValueError(
+                    f"target {target.name} names variant {unknown[0]!r}; the spec has: {', '.join(self.variants)}"
+                )
+        runtimes = [target.runtime for target in self.targets]
+        if runtimes.count("onnxruntime") > 1:
+            raise ValueError(
+                "targets: onnxruntime may be given once; it serves every target as the numeric twin"
+            )
+        return self
+
     @property
-    def target(self) -> OnnxRuntimeTarget:
-        """The one target of this spec."""
-        return self.targets[0]
+    def twin(self) -> OnnxRuntimeTarget:
+        """How the ONNX Runtime engines are made: as the spec's own target, or exact as twins of other runtimes."""
+        for target in self.targets:
+            if isinstance(target, OnnxRuntimeTarget):
+                return target
+        return OnnxRuntimeTarget(runtime="onnxruntime", mode="exact")
+
+    def targets_of(self, variant: str) -> tuple[Target, ...]:
+        """The targets that build ``variant``."""
+        return tuple(
+            target for target in self.targets if target.variants is None or variant in target.variants
+        )
 
     def triton_name(self, variant: str) -> str:
         """The name of the Triton model that serves ``variant``."""

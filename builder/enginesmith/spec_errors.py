@@ -35,6 +35,8 @@ def _allowed_keys(location: list[str], schema: dict[str, Any]) -> list[str]:
         node = _resolve_reference(node, schema)
         if step.isdigit() and "items" in node:
             node = node["items"]
+        elif step in node.get("discriminator", {}).get("mapping", {}):
+            node = {"$ref": node["discriminator"]["mapping"][step]}
         elif step in node.get("properties", {}):
             node = node["properties"][step]
         elif isinstance(node.get("additionalProperties"), dict):
