@@ -114,7 +114,9 @@ def _moe_keys(
         "num_experts_per_tok": experts_per_token,
         "moe_intermediate_size": intermediate,
     }
-    return keys | ({"shared_expert_intermediate_size": shared} if architecture == "Qwen2MoeForCausalLM" else {})
+    return keys | (
+        {"shared_expert_intermediate_size": shared} if architecture == "Qwen2MoeForCausalLM" else {}
+    )
 
 
 def write_tokenizer(directory: Path) -> None:

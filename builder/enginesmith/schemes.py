@@ -4,10 +4,17 @@ A scheme names a ModelOpt recipe and the numbers that describe its result. Runti
 ``enginesmith.platforms`` whether they can execute it; nothing here imports torch.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 SchemeName = Literal["none", "int8_sq", "int8_wo", "int4_awq", "w4a8_awq", "fp8"]
+KvCacheName = Literal["none", "fp8", "int8"]
+
+KV_CACHE_ALGORITHMS: Mapping[str, KvCacheName] = {"FP8": "fp8", "INT8": "int8"}
+"""``kv_cache_quant_algo`` of ModelOpt and TensorRT-LLM, and what a spec calls it."""
+KV_CACHE_BOUNDS: Mapping[str, float] = {"fp8": 448.0, "int8": 127.0}
+"""The largest code of a quantized KV cache: the stored scale of a range is amax / bound."""
 
 
 @dataclass(frozen=True)

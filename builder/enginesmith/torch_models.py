@@ -22,7 +22,7 @@ from torch import nn
 
 from enginesmith.checkpoints.tensors import CheckpointTensors
 from enginesmith.errors import SourceError, ToolchainError
-from enginesmith.schemes import SCHEMES, Scheme
+from enginesmith.schemes import KV_CACHE_ALGORITHMS, KV_CACHE_BOUNDS, SCHEMES, KvCacheName, Scheme
 
 MODELOPT_SERIES = "0.47."
 """ModelOpt's releases whose export, quantizers and presets this code was written against."""
@@ -35,8 +35,14 @@ _TORCH_DTYPES: Mapping[str, Any] = {
     "U8": torch.uint8,
     "F8_E4M3": torch.float8_e4m3fn,
 }
-_SCALE_SUFFIXES = (".weight_scale", ".input_scale", ".pre_quant_scale", ".k_scale", ".v_scale")
-_FP8_MAX = 448.0  # Largest E4M3 value; ModelOpt's KV-cache scales are amax / 448.
+_SCALE_SUFFIXES = (
+    ".weight_scale",
+    ".weight_scale_2",
+    ".input_scale",
+    ".pre_quant_scale",
+    ".k_scale",
+    ".v_scale",
+)
 
 
 @contextmanager
@@ -123,7 +129,7 @@ def quantizer_config(
     layers: Collection[str],
     linears: Collection[str],
     group_size: int | None,
-    fp8_kv_cache: bool,
+    kv_cache: KvCacheName,
 ) -> list[dict[str, Any]]:
     """ModelOpt's ``quant_cfg``: the scheme's preset on ``layers`` (names from ``linears``), nothing on the others."""
     import modelopt.torch.quantization as mtq
@@ -132,28 +138,41 @@ def quantizer_config(
     entries: list[dict[str, Any]] = copy.deepcopy(getattr(mtq, scheme.modelopt_config)["quant_cfg"])
     kinds = ("weight_quantizer", "input_quantizer")
     presets = {kind: entry for entry in entries for kind in kinds if entry["quantizer_name"] == f"*{kind}"}
+    # Every layer gets an entry of its own; ModelOpt would nest the two quantizers of w4a8_awq if both named it.
+    entries = [entry for entry in entries if entry not in list(presets.values())]
     if group_size is not None:
-        presets["weight_quantizer"]["cfg"]["block_sizes"][-1] = group_size
+        cfg = presets["weight_quantizer"]["cfg"]
+        (cfg[0] if isinstance(cfg, list) else cfg)["block_sizes"][-1] = group_size
     for layer in linears:
         # The presets leave out lm_head by pattern; naming it after them puts it back where it is asked for.
         for kind in kinds:
             own = presets[kind] if layer in layers else {"enable": False}
             entries.append({**own, "quantizer_name": f"{layer}.{kind}"})
-    if fp8_kv_cache:
-        entries += copy.deepcopy(mtq.FP8_KV_CFG["quant_cfg"])
+    if kv_cache != "none":
+        cache = copy.deepcopy(mtq.FP8_KV_CFG["quant_cfg"])
+        if kv_cache == "int8":  # ModelOpt 0.47 has no preset; its quantizers know the format.
+            for entry in cache:
+                entry["cfg"]["num_bits"] = 8
+        entries += cache
     return entries
+
+
+def attentions_with_cache(model: Any) -> dict[str, Any]:
+    """The attention modules that have quantizers for their keys and values, by name."""
+    return {name: module for name, module in model.named_modules() if hasattr(module, "k_bmm_quantizer")}
 
 
 def dequantized_weight(stored: Any, scale: Any, layer: Any) -> Any:
     """The float32 weight [out, in] that ``layer``'s stored integers and ``weight_scale`` stand for.
 
-    ``layer`` is a quantized linear layer; its quantizers say in which format ``stored`` is.
+    ``layer`` is a quantized linear layer; its quantizers say in which format ``stored`` is. For w4a8_awq these are
+    the values of the INT4 codes; the layer's second quantizer rounds them to FP8 when it computes.
     """
-    from modelopt.torch.export.model_config import QUANTIZATION_INT4_AWQ
+    from modelopt.torch.export.model_config import QUANTIZATION_INT4_AWQ, QUANTIZATION_W4A8_AWQ
     from modelopt.torch.export.quant_utils import from_quantized_weight, get_quantization_format
 
     quantization = get_quantization_format(layer)
-    if quantization != QUANTIZATION_INT4_AWQ:
+    if quantization not in (QUANTIZATION_INT4_AWQ, QUANTIZATION_W4A8_AWQ):
         return from_quantized_weight(stored, scale, quantization, torch.float32)
     # ModelOpt 0.47 packs this format (pack_int4_in_uint8) but has no unpacking: a byte holds the values of
     # output channels 2i (low nibble) and 2i+1 (high nibble), in two's complement.
@@ -210,9 +229,10 @@ def _scheme_of(tensors: CheckpointTensors) -> Scheme:
         raise SourceError(
             f"checkpoint {tensors.directory} has quant_algo {algorithm!r}; supported: {', '.join(schemes)}"
         )
-    if kv_cache not in (None, "FP8"):
+    if kv_cache is not None and kv_cache not in KV_CACHE_ALGORITHMS:
         raise SourceError(
-            f"checkpoint {tensors.directory} has kv_cache_quant_algo {kv_cache!r}; supported: FP8, none"
+            f"checkpoint {tensors.directory} has kv_cache_quant_algo {kv_cache!r}; "
+            f"supported: {', '.join(KV_CACHE_ALGORITHMS)}, none"
         )
     return schemes[algorithm]
 
@@ -222,26 +242,23 @@ def _restore_quantizers(model: Any, tensors: CheckpointTensors, scheme: Scheme, 
     import modelopt.torch.quantization as mtq
 
     quantization = tensors.quantization or {}
-    fp8_kv_cache = quantization.get("kv_cache_quant_algo") == "FP8"
+    kv_cache = KV_CACHE_ALGORITHMS.get(quantization.get("kv_cache_quant_algo") or "", "none")
     entries = quantizer_config(
         scheme,
         layers=set(layers),
         linears=linear_names(model),
         group_size=quantization.get("group_size") if scheme.grouped else None,
-        fp8_kv_cache=fp8_kv_cache,
+        kv_cache=kv_cache,
     )
     mtq.quantize(model, {"quant_cfg": entries, "algorithm": None})
     for name in layers:
         _restore_layer(model.get_submodule(name), tensors, name)
-    if fp8_kv_cache:
-        for name, module in model.named_modules():
-            if hasattr(module, "k_bmm_quantizer"):
-                module.k_bmm_quantizer.amax = (
-                    read_tensor(tensors, f"{name}.k_proj.k_scale").float() * _FP8_MAX
-                )
-                module.v_bmm_quantizer.amax = (
-                    read_tensor(tensors, f"{name}.v_proj.v_scale").float() * _FP8_MAX
-                )
+    if kv_cache == "none":
+        return
+    for name, attention in attentions_with_cache(model).items():
+        for part in "kv":
+            scale = read_tensor(tensors, f"{name}.{part}_proj.{part}_scale").float()
+            attention.get_submodule(f"{part}_bmm_quantizer").amax = scale * KV_CACHE_BOUNDS[kv_cache]
 
 
 def _restore_layer(layer: Any, tensors: CheckpointTensors, name: str) -> None:
@@ -253,11 +270,13 @@ def _restore_layer(layer: Any, tensors: CheckpointTensors, name: str) -> None:
             f"the architecture has {list(layer.weight.shape)}"
         )
     layer.weight.copy_(weight)
-    weight_amax = scale * layer.weight_quantizer.maxbound
+    quantizer = layer.weight_quantizer
+    if f"{name}.weight_scale_2" in tensors:
+        quantizer, second = quantizer
+        second.amax = read_tensor(tensors, f"{name}.weight_scale_2").float().reshape(()) * second.maxbound
+    weight_amax = scale * quantizer.maxbound
     # Per tensor: a scalar. Per output channel or per group: one row each, as the quantizer lays them out.
-    layer.weight_quantizer.amax = (
-        weight_amax.reshape(()) if scale.numel() == 1 else weight_amax.reshape(-1, 1)
-    )
+    quantizer.amax = weight_amax.reshape(()) if scale.numel() == 1 else weight_amax.reshape(-1, 1)
     if f"{name}.input_scale" in tensors:
         input_scale = read_tensor(tensors, f"{name}.input_scale").float()
         layer.input_quantizer.amax = input_scale.reshape(()) * layer.input_quantizer.maxbound

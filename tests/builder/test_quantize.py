@@ -31,7 +31,14 @@ RECIPES = {
     "int8_wo": Recipe(SCHEMES["int8_wo"]),
     "int4_awq": Recipe(SCHEMES["int4_awq"], group_size=32, alpha_step=0.5),
     "fp8": Recipe(SCHEMES["fp8"]),
-    "fp8 with FP8 KV cache": Recipe(SCHEMES["fp8"], fp8_kv_cache=True),
+    "w4a8_awq": Recipe(SCHEMES["w4a8_awq"], group_size=32, alpha_step=0.5),
+    "fp8 with FP8 KV cache": Recipe(SCHEMES["fp8"], kv_cache="fp8"),
+    "w4a8_awq with FP8 KV cache": Recipe(SCHEMES["w4a8_awq"], group_size=32, alpha_step=0.5, kv_cache="fp8"),
+    "int8_sq with INT8 KV cache": Recipe(SCHEMES["int8_sq"], kv_cache="int8"),
+    "int8_wo with INT8 KV cache": Recipe(SCHEMES["int8_wo"], kv_cache="int8"),
+    "int4_awq with INT8 KV cache": Recipe(
+        SCHEMES["int4_awq"], group_size=32, alpha_step=0.5, kv_cache="int8"
+    ),
     "int8_sq with lm_head": Recipe(SCHEMES["int8_sq"], quantize_lm_head=True),
     "int4_awq with lm_head": Recipe(
         SCHEMES["int4_awq"], group_size=32, alpha_step=0.5, quantize_lm_head=True
@@ -188,7 +195,7 @@ def test_weight_only_quantization_reads_no_corpus(llama: Path, tmp_path: Path) -
         (Recipe(SCHEMES["fp8"], exclude=("*.downproj",)), r"matches no linear layer.*\n.*near: .*down_proj"),
         (Recipe(SCHEMES["fp8"], exclude=("*",)), "leaves no layer to quantize"),
         (Recipe(SCHEMES["int4_awq"], group_size=128), r"group_size 128 does not divide the 64 input channels of model\.layers\.0\.self_attn\.q_proj\n.*fits every layer: 32, 64"),
-        (Recipe(SCHEMES["int4_awq"], group_size=32, exclude=("*.v_proj",)), r"leaves out .*v_proj but not .*q_proj, .*k_proj; int4_awq smooths"),
+        (Recipe(SCHEMES["int4_awq"], group_size=32, exclude=("*.v_proj",)), r"leaves out .*v_proj but not .*q_proj, .*k_proj; AWQ smooths"),
     ],
 )  # fmt: skip
 def test_a_recipe_that_does_not_fit_the_model_is_refused(llama: Path, recipe: Recipe, said: str) -> None:

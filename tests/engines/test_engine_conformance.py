@@ -25,7 +25,20 @@ from enginesmith.verify.scores import Scores
 pytestmark = [pytest.mark.model, pytest.mark.usefixtures("one_torch_thread")]
 
 WINDOWS = token_windows()
-SCHEMES = ("none", "int8_sq", "int8_wo", "int4_awq", "fp8", "fp8_kv")
+CACHES = {"kvfp8": "fp8", "kvint8": "int8"}
+SCHEMES = (
+    "none",
+    "int8_sq",
+    "int8_sq-kvint8",
+    "int8_wo",
+    "int8_wo-kvint8",
+    "int4_awq",
+    "int4_awq-kvint8",
+    "w4a8_awq",
+    "w4a8_awq-kvfp8",
+    "fp8",
+    "fp8-kvfp8",
+)
 Edit = Callable[[Path], None]
 
 
@@ -93,7 +106,7 @@ CASES = [
     *(Case("llama_float16", scheme) for scheme in ("int8_sq", "int4_awq", "fp8")),
     Case("llama", "int4_awq", {"group_size": 64}),
     *(Case("llama", scheme, {"lm_head": "scheme"}) for scheme in ("int8_sq", "int8_wo", "int4_awq", "fp8")),
-    *(Case("llama", scheme, {"exclude": ["*.v_proj"]}) for scheme in ("int8_sq", "int8_wo", "fp8", "fp8_kv")),
+    *(Case("llama", scheme, {"exclude": ["*.v_proj"]}) for scheme in ("int8_sq", "int8_wo", "fp8", "fp8-kvfp8")),
     Case("qwen2", "int8_sq", {"exclude": ["*.q_proj"]}),
     Case("llama", "int4_awq", {"exclude": ["*.o_proj", "*.down_proj"]}),
     *(Case("llama", scheme, {"exclude": ["model.layers.0.*"]}) for scheme in SCHEMES if scheme != "none"),
@@ -120,8 +133,9 @@ class Workshop:
         if case.scheme == "none":
             return source
         if not path.exists():
-            params = {"kv_cache": "fp8"} if case.scheme == "fp8_kv" else {}
-            quantized(source, path, case.scheme.removesuffix("_kv"), **params, **case.params)
+            scheme, _, cache = case.scheme.partition("-")
+            params = {"kv_cache": CACHES[cache]} if cache else {}
+            quantized(source, path, scheme, **params, **case.params)
         return path
 
     def reference(self, checkpoint: Path) -> Scores:
@@ -277,7 +291,7 @@ MUTATIONS: list[tuple[str, Callable[[dict[str, Any]], None]]] = [
     ("fp8", scale_of_the_tensor),
     ("fp8", input_scale),
     ("fp8", one_weight),
-    ("fp8_kv", value_scale),
+    ("fp8-kvfp8", value_scale),
 ]
 
 

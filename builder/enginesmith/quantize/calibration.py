@@ -43,9 +43,9 @@ def calibrate(
         layers=set(layers),
         linears=linear_names(model),
         group_size=recipe.group_size,
-        fp8_kv_cache=recipe.fp8_kv_cache,
+        kv_cache=recipe.kv_cache,
     )
-    passes = 2 if recipe.scheme.name == "int4_awq" else 1
+    passes = 2 if recipe.algorithm["method"] == "awq_lite" else 1
 
     def forward_loop(_: Any) -> None:
         heap.reuse_large_blocks()

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from enginesmith.errors import SpecError
-from enginesmith.schemes import SCHEMES, Scheme
+from enginesmith.schemes import SCHEMES, KvCacheName, Scheme
 from enginesmith.torch_models import linear_names
 
 _GROUP_SIZES = (32, 64, 128, 256)
@@ -26,7 +26,7 @@ class Recipe:
     group_size: int | None = None
     alpha: float = 0.5
     alpha_step: float = 0.1
-    fp8_kv_cache: bool = False
+    kv_cache: KvCacheName = "none"
     quantize_lm_head: bool = False
     exclude: tuple[str, ...] = ()
 
@@ -39,7 +39,7 @@ class Recipe:
             group_size=params["group_size"] if scheme.grouped else None,
             alpha=params["alpha"],
             alpha_step=params["alpha_step"],
-            fp8_kv_cache=params["kv_cache"] == "fp8",
+            kv_cache=params["kv_cache"],
             quantize_lm_head=params["lm_head"] == "scheme",
             exclude=tuple(params["exclude"]),
         )
@@ -47,7 +47,7 @@ class Recipe:
     @property
     def needs_activations(self) -> bool:
         """Whether calibration data can change the result: only plain weight quantization needs none."""
-        return self.scheme.name != "int8_wo"
+        return self.scheme.name != "int8_wo" or self.kv_cache != "none"
 
     @property
     def algorithm(self) -> dict[str, Any]:
@@ -55,7 +55,7 @@ class Recipe:
         match self.scheme.name:
             case "int8_sq":
                 return {"method": "smoothquant", "alpha": self.alpha}
-            case "int4_awq":
+            case "int4_awq" | "w4a8_awq":
                 return {"method": "awq_lite", "alpha_step": self.alpha_step}
             case _:
                 return {"method": "max"}
@@ -164,7 +164,7 @@ def _check_shared_norms(model: Any, layers: Collection[str]) -> None:
         if len(quantized) > 1 and len(quantized) < len(consumers):
             left_out = [name for name in consumers if name not in layers]
             raise SpecError(
-                f"exclude leaves out {', '.join(left_out)} but not {', '.join(quantized)}; int4_awq smooths all layers "
+                f"exclude leaves out {', '.join(left_out)} but not {', '.join(quantized)}; AWQ smooths all layers "
                 f"that read {norm} together",
                 hint="exclude all of them or none",
             )

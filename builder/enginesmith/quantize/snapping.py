@@ -35,23 +35,27 @@ def snap(model: Any, layers: Collection[str], *, dtype: Any) -> None:
         for name, before in norms.items():
             norm = model.get_submodule(name)
             if not torch.equal(norm.weight, before):
-                _snap_norm(
-                    norm, [model.get_submodule(consumer) for consumer in consumers[name]], dtype, name=name
-                )
+                readers = [model.get_submodule(consumer) for consumer in consumers[name]]
+                _snap_norm(norm, before, readers, dtype=dtype, name=name)
         for name in layers:
             _snap_smoothing(model.get_submodule(name), dtype, name=name)
+        for names in consumers.values():
+            _share_fp8_range([model.get_submodule(name) for name in names if name in layers])
         _snap_ranges(model)
         for name in layers:
             _snap_weight(model.get_submodule(name))
 
 
-def _snap_norm(norm: Any, layers: list[Any], dtype: Any, *, name: str) -> None:
-    """Round a norm that took up smoothing scales; the layers that read it take up the rounding error."""
+def _snap_norm(norm: Any, before: Any, layers: list[Any], *, dtype: Any, name: str) -> None:
+    """Round a norm that took up smoothing scales (it was ``before``); its readers take up the rounding error."""
     rounded = _rounded(norm.weight, dtype, name=f"{name}.weight")
     ratio = torch.where(rounded == 0, torch.ones_like(rounded), norm.weight / rounded)
     for layer in layers:
         layer.weight.mul_(ratio)
         _measure_weight_range(layer)
+        if layer.input_quantizer.is_enabled:
+            smoothing = torch.where(before == 0, torch.ones_like(before), rounded / before)
+            layer.input_quantizer.amax = (layer.input_quantizer._amax_for_smoothing * smoothing).amax()
     norm.weight.copy_(rounded)
 
 
@@ -67,6 +71,24 @@ def _snap_smoothing(layer: Any, dtype: Any, *, name: str) -> None:
     if layer.input_quantizer.is_enabled:
         # The range seen while calibrating, of the scale that is stored: averaging and rounding both moved it.
         layer.input_quantizer.amax = (layer.input_quantizer._amax_for_smoothing * rounded).amax()
+
+
+def _share_fp8_range(layers: list[Any]) -> None:
+    """Give layers that read one norm one range for the FP8 values of their INT4 weights (w4a8_awq).
+
+    TensorRT-LLM computes them in one product, which has one ``weight_scale_2``.
+    """
+    from modelopt.torch.quantization.nn import SequentialQuantizer
+
+    second = [
+        layer.weight_quantizer[1]
+        for layer in layers
+        if isinstance(layer.weight_quantizer, SequentialQuantizer)
+    ]
+    if second:
+        largest = torch.stack([quantizer.amax for quantizer in second]).amax()
+        for quantizer in second:
+            quantizer.amax = largest
 
 
 def _snap_ranges(model: Any) -> None:

@@ -68,7 +68,8 @@ class DecoderWriter:
         self._shape = architecture
         self._numerics = numerics
         self._linear = LinearWriter(graph, numerics.accuracy_level)
-        self._fp8_kv = any(name.endswith(".k_scale") for name in tensors.names())
+        self._quantized_cache = any(name.endswith(".k_scale") for name in tensors.names())
+        self._int8_cache = (tensors.quantization or {}).get("kv_cache_quant_algo") == "INT8"
 
     def write_inputs(self) -> str:
         """Declare the inputs and write the shared nodes; returns the hidden states after the embedding."""
@@ -82,7 +83,7 @@ class DecoderWriter:
         total = graph.node("Shape", ["attention_mask"], "mask/shape", start=1, end=2)
         total = graph.node("Squeeze", [total, graph.vector([0])], "mask/total_int64")
         graph.node("Cast", [total], "mask/total", to=TensorProto.INT32)
-        if self._fp8_kv:
+        if self._quantized_cache:
             self._write_positions()
         cosines, sines = shape.rope.caches(shape.head_dim, shape.max_positions)
         graph.weight("rope/cos", cosines)
@@ -158,10 +159,10 @@ class DecoderWriter:
             "scale": 1.0 / math.sqrt(shape.head_dim),
         }
         rotary = ["rope/cos", "rope/sin"]
-        if self._fp8_kv:
+        if self._quantized_cache:
             q, k = (self._rotate(f"{name}.{part}", tensor) for part, tensor in (("q", q), ("k", k)))
             k, v = (
-                self._through_fp8(f"{name}.{part}_proj.{part}_scale", tensor)
+                self._through_cache(f"{name}.{part}_proj.{part}_scale", tensor)
                 for part, tensor in (("k", k), ("v", v))
             )
             rotary = []
@@ -182,7 +183,7 @@ class DecoderWriter:
     def _qkv(self, name: str, value: str) -> tuple[str, str, str]:
         """Query, key and value; key and value are empty when the query holds all three packed."""
         layers = [read_linear(self._tensors, f"{name}.{part}_proj") for part in "qkv"]
-        separate = self._shape.qk_norm or self._fp8_kv
+        separate = self._shape.qk_norm or self._quantized_cache
         packed = None if separate else stack(layers)
         if packed is not None:
             return self._linear.write(packed, value, f"{name}.qkv_proj"), "", ""
@@ -251,12 +252,10 @@ class DecoderWriter:
             rotary_embedding_dim=self._shape.head_dim,
         )
 
-    def _through_fp8(self, scale_name: str, value: str) -> str:
-        """``value`` rounded to FP8 as the cache of the target runtime stores it."""
-        scale = self._graph.scalar(read_scalar_scale(self._tensors, scale_name), np.float32)
-        zero = self._linear.fp8_zero()
-        quantized = self._graph.node("QuantizeLinear", [value, scale, zero], f"{scale_name}/quantized")
-        return self._graph.node("DequantizeLinear", [quantized, scale, zero], f"{scale_name}/dequantized")
+    def _through_cache(self, scale_name: str, value: str) -> str:
+        """``value`` rounded to INT8 or FP8 as the cache of the target runtime stores it."""
+        scale = read_scalar_scale(self._tensors, scale_name)
+        return self._linear.round_trip(value, scale, scale_name, int8=self._int8_cache)
 
     def _mlp(self, name: str, value: str) -> str:
         graph = self._graph

@@ -11,6 +11,9 @@ int8_wo    I8 [N, K]                weight_scale [N]
 int8_sq    I8 [N, K]                weight_scale [N], input_scale [], pre_quant_scale [K]
 int4_awq   U8 [N/2, K]              weight_scale [N, K/group], pre_quant_scale [K] unless folded into a norm.
                                     Low nibble: even row, high nibble: odd row, two's complement.
+w4a8_awq   U8 [N/2, K]              as int4_awq, and weight_scale_2 [], input_scale []. Becomes fp8 with a smoothed
+                                    input: the target multiplies FP8 values, so an INT4 code stands for
+                                    FP8(code * weight_scale / weight_scale_2) * weight_scale_2.
 fp8        F8_E4M3 [N, K]           weight_scale [], input_scale []
 =========  =======================  =========================================================================
 
@@ -21,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
@@ -99,6 +102,10 @@ def _read_quantized(tensors: CheckpointTensors, name: str, dtype: str) -> Linear
         return Linear(kind, weight, None, scale, input_scale, smoothing)
     if dtype == "U8" and scale.ndim == 2 and input_scale is None:
         return Linear("int4_awq", _unpack_int4(weight), None, scale, None, smoothing)
+    if dtype == "U8" and scale.ndim == 2 and input_scale is not None and f"{name}.weight_scale_2" in tensors:
+        second = np.float32(read_scalar_scale(tensors, f"{name}.weight_scale_2"))
+        weight = fp8_from_int4(_unpack_int4(weight), scale, second)
+        return Linear("fp8", weight, None, np.full(weight.shape[0], second), input_scale, smoothing)
     if dtype == "F8_E4M3" and scale.size == 1 and input_scale is not None:
         of_rows = np.full(weight.shape[0], scale.reshape(()), np.float32)
         return Linear("fp8", weight, None, of_rows, input_scale, smoothing)
@@ -106,6 +113,19 @@ def _read_quantized(tensors: CheckpointTensors, name: str, dtype: str) -> Linear
         f"layer {name} is quantized in a way that cannot be lowered to ONNX Runtime: weight {dtype} {weight.shape}, "
         f"weight_scale {scale.shape}, input_scale {'present' if input_scale is not None else 'absent'}"
     )
+
+
+def fp8_from_int4(
+    codes: npt.NDArray[np.int8], scale: npt.NDArray[np.float32], second: np.float32
+) -> npt.NDArray[Any]:
+    """The FP8 codes [N, K] of INT4 ``codes`` [N, K] under group scales [N, K / group] and one ``second`` scale.
+
+    In the order of ModelOpt's fake quantization, so that each value falls on the same side of a rounding boundary.
+    """
+    values = codes * np.repeat(scale, codes.shape[1] // scale.shape[1], axis=1)
+    bound = np.float32(_FP8_BOUND)
+    scaled = values * (bound / (second * bound))
+    return np.clip(scaled, -bound, bound).astype(ml_dtypes.float8_e4m3fn)
 
 
 def read_float(tensors: CheckpointTensors, name: str) -> Array:
@@ -344,6 +364,14 @@ class LinearWriter:
             axis=1,
         )
         return self._graph.node("MatMul", [restored, weight], f"{name}/output")
+
+    def round_trip(self, value: str, scale: float, name: str, *, int8: bool) -> str:
+        """``value`` rounded to INT8 or FP8 codes of one ``scale`` and back, as a quantized KV cache stores it."""
+        zero = self._graph.scalar(0, np.int8) if int8 else self.fp8_zero()
+        bound = _INT8_BOUND if int8 else _FP8_BOUND
+        quantized = self._quantize_input(value, scale, zero, name, bound=bound)
+        inputs = [quantized, self._graph.scalar(float(np.float32(scale)), np.float32), zero]
+        return self._graph.node("DequantizeLinear", inputs, f"{name}/dequantized")
 
     def fp8_zero(self) -> str:
         """The zero point that makes QuantizeLinear produce FP8 (E4M3)."""
