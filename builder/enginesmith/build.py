@@ -208,7 +208,7 @@ class _Build:
                     remember_build(
                         self._store,
                         spec_name=plan.spec.name,
-                        variant=place.variant,
+                        place=place.place,
                         kind=place.kind,
                         parts=place.parts,
                     )
@@ -240,20 +240,21 @@ class _Build:
 
 def title_of(step: Step) -> str:
     """Kind and variant of a step, for people."""
-    return step.kind if step.variant is None else f"{step.kind} {step.variant}"
+    return f"{step.kind} {step.place}".rstrip()
 
 
 def _remember_plan(plan: Plan, store: ArtifactStore) -> None:
-    by_variant: dict[str, tuple[str, ...]] = {}
-    for step in plan.steps:
-        name = step.variant or ""
-        by_variant[name] = (*by_variant.get(name, ()), step.key)
+    by_place: dict[str, tuple[str, ...]] = {}
+    for step in plan.kept or plan.steps:
+        by_place[step.place] = (*by_place.get(step.place, ()), step.key)
+    spec = plan.spec
+    of_targets = {f"{name}@{target.name}" for name in spec.variants for target in spec.targets_of(name)}
     remember_root(
         store,
-        plan.spec.name,
-        spec_path=plan.spec.path,
-        variants=by_variant,
-        all_variants=frozenset({"", *plan.spec.variants}),
+        spec.name,
+        spec_path=spec.path,
+        places=by_place,
+        all_places=frozenset({"", *spec.variants, *of_targets}),
     )
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import click
 
-from enginesmith import __version__, cli_build, cli_demo, cli_serve
+from enginesmith import __version__, cli_build, cli_demo, cli_rehearse, cli_serve
 from enginesmith.errors import EnginesmithError
 
 
@@ -76,7 +76,7 @@ def commands(context: click.Context, store_root: Path) -> None:
     context.obj = store_root
 
 
-for _verb in (*cli_build.VERBS, *cli_serve.VERBS, *cli_demo.VERBS):
+for _verb in (*cli_build.VERBS, *cli_rehearse.VERBS, *cli_serve.VERBS, *cli_demo.VERBS):
     commands.add_command(_verb)
 
 

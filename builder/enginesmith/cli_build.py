@@ -7,13 +7,24 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from enginesmith.cli_options import JSON_OPTION, SERVER_OPTION, plain, print_json
-from enginesmith.errors import EnginesmithError, GateError, OperatorError
+from enginesmith.cli_options import (
+    ENGINE_DIR_OPTION,
+    JSON_OPTION,
+    SERVER_OPTION,
+    SPEC_ARGUMENT,
+    TARGETS_OPTION,
+    VARIANTS_OPTION,
+    plain,
+    print_json,
+)
+from enginesmith.errors import EnginesmithError, GateError, OperatorError, SpecError
+from enginesmith.steps import PACKAGES, StepName
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -24,19 +35,23 @@ if TYPE_CHECKING:
     from enginesmith.report import BuildReport
     from enginesmith.store import Artifact, ArtifactStore
 
-_SPEC = click.argument("spec", type=click.Path(path_type=Path))
-_VARIANTS = click.option(
-    "--variant", "variants", multiple=True, metavar="NAME", help="Only this variant. May be repeated."
-)
-
 
 @click.command()
-@_SPEC
-@_VARIANTS
+@SPEC_ARGUMENT
+@VARIANTS_OPTION
+@TARGETS_OPTION
 @click.option("--explain", is_flag=True, help="Say why each step would run.")
 @JSON_OPTION
 @click.pass_obj
-def plan(store_root: Path, spec: Path, variants: tuple[str, ...], *, explain: bool, as_json: bool) -> None:
+def plan(
+    store_root: Path,
+    spec: Path,
+    variants: tuple[str, ...],
+    targets: tuple[str, ...],
+    *,
+    explain: bool,
+    as_json: bool,
+) -> None:
     """Show the steps of SPEC: which are cached, which would run. Runs nothing.
 
     \b
@@ -47,25 +62,27 @@ def plan(store_root: Path, spec: Path, variants: tuple[str, ...], *, explain: bo
     """
     from dataclasses import asdict
 
-    store = _open_store(store_root)
-    made = _make_plan(spec, store, variants)
+    store = open_store(store_root)
+    made = make_plan_of(spec, store, Choice(variants, targets))
     explanations = made.explain(store)
     if as_json:
         print_json({"name": made.spec.name, "steps": [asdict(step) for step in explanations]})
         return
+    kinds, places = (max(len(getattr(step, what)) for step in explanations) for what in ("kind", "place"))
     for step in explanations:
         click.echo(
-            f"{step.kind:<9}  {step.variant or '-':<12}  {step.key[:12]}  {'cached' if step.cached else 'will run'}"
+            f"{step.kind:<{kinds}}  {step.place or '-':<{places}}  {step.key[:12]}  {'cached' if step.cached else 'will run'}"
         )
         for reason in step.reasons if explain else ():
-            click.echo(f"{'':<25}{reason}")
+            click.echo(f"{'':<{kinds + places + 4}}{reason}")
     waiting = sum(not step.cached for step in explanations)
     click.echo(f"{len(explanations)} steps, {waiting} will run", err=True)
 
 
 @click.command()
 @click.argument("specs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="SPEC...")
-@_VARIANTS
+@VARIANTS_OPTION
+@TARGETS_OPTION
 @click.option(
     "--publish",
     "repository",
@@ -85,6 +102,7 @@ def plan(store_root: Path, spec: Path, variants: tuple[str, ...], *, explain: bo
     is_flag=True,
     help="After a failure, go on with the steps that do not need the failed one.",
 )
+@ENGINE_DIR_OPTION
 @SERVER_OPTION
 @JSON_OPTION
 @click.pass_obj
@@ -92,14 +110,16 @@ def build(
     store_root: Path,
     specs: tuple[Path, ...],
     variants: tuple[str, ...],
+    targets: tuple[str, ...],
     repository: Path | None,
     jobs: int,
     *,
     keep_going: bool,
+    engine_dir: Path | None,
     server: str,
     as_json: bool,
 ) -> None:
-    """Build and verify every variant of each SPEC; steps that are in the store already do not run.
+    """Build and verify every variant of each SPEC on every target; steps that are in the store already do not run.
 
     A build that was killed is resumed by the same command.
 
@@ -107,13 +127,17 @@ def build(
     Examples:
       enginesmith build models/smollm2-135m.yaml
       enginesmith build models/smollm2-135m.yaml --variant int4-awq --publish model_repository
+      enginesmith build models/llama-3-8b.yaml --variant fp8 --target tensorrt-llm --engine-dir engines
       enginesmith build models/*.yaml --keep-going --jobs 2 --json > report.json
     """
     from enginesmith.report import build_report
 
-    store = _open_store(store_root)
-    plans = [_make_plan(spec, store, variants, server=server) for spec in specs]
-    result = _build_shown(plans, store, jobs=jobs, keep_going=keep_going)
+    store = open_store(store_root)
+    choice = Choice(variants, targets, server=server, engine_dir=engine_dir)
+    plans = [make_plan_of(spec, store, choice) for spec in specs]
+    if repository is not None:
+        refuse_collisions(plans)
+    result = build_shown(plans, store, jobs=jobs, keep_going=keep_going)
     reports = [build_report(made, result.artifacts) for made in plans]
     publications = [
         publication
@@ -141,8 +165,9 @@ def build(
 
 
 @click.command()
-@_SPEC
-@_VARIANTS
+@SPEC_ARGUMENT
+@VARIANTS_OPTION
+@TARGETS_OPTION
 @click.option(
     "--to",
     "repository",
@@ -151,11 +176,20 @@ def build(
     metavar="DIR",
     help="The model repository.",
 )
+@ENGINE_DIR_OPTION
 @SERVER_OPTION
 @JSON_OPTION
 @click.pass_obj
 def publish(
-    store_root: Path, spec: Path, variants: tuple[str, ...], repository: Path, *, server: str, as_json: bool
+    store_root: Path,
+    spec: Path,
+    variants: tuple[str, ...],
+    targets: tuple[str, ...],
+    repository: Path,
+    *,
+    engine_dir: Path | None,
+    server: str,
+    as_json: bool,
 ) -> None:
     """Publish the variants of SPEC that are built, verified and rehearsed into a model repository. Builds nothing.
 
@@ -164,8 +198,9 @@ def publish(
       enginesmith publish models/smollm2-135m.yaml --to model_repository
       enginesmith publish models/smollm2-135m.yaml --variant fp8 --to /srv/models
     """
-    store = _open_store(store_root)
-    made = _make_plan(spec, store, variants, server=server)
+    store = open_store(store_root)
+    made = make_plan_of(spec, store, Choice(variants, targets, server=server, engine_dir=engine_dir))
+    refuse_collisions([made])
     found = {step.key: store.get(step.key) for step in made.steps}
     artifacts = {key: artifact for key, artifact in found.items() if artifact is not None}
     publications = _publish(made, artifacts, repository, skip_incomplete=False)
@@ -207,7 +242,7 @@ def gc(
     from enginesmith.report import bytes_text
 
     report = collect_garbage(
-        _open_store(store_root), older_than_days=older_than_days, forget=forget, dry_run=dry_run
+        open_store(store_root), older_than_days=older_than_days, forget=forget, dry_run=dry_run
     )
     if as_json:
         print_json(asdict(report))
@@ -261,16 +296,17 @@ def build_and_publish(
     """
     from enginesmith.report import build_report
 
-    store = _open_store(store_root)
-    made = _make_plan(spec, store, (), server=server)
-    artifacts = _build_shown([made], store, jobs=jobs, keep_going=False).artifacts
+    store = open_store(store_root)
+    made = make_plan_of(spec, store, Choice(server=server))
+    refuse_collisions([made])
+    artifacts = build_shown([made], store, jobs=jobs, keep_going=False).artifacts
     publications = _publish(made, artifacts, repository, skip_incomplete=False)
     for publication in publications:
         click.echo(_publication_line(publication), err=True)
     return build_report(made, artifacts), publications
 
 
-def _build_shown(plans: Sequence[Plan], store: ArtifactStore, *, jobs: int, keep_going: bool) -> BuildResult:
+def build_shown(plans: Sequence[Plan], store: ArtifactStore, *, jobs: int, keep_going: bool) -> BuildResult:
     from enginesmith.build import build as run_build
     from enginesmith.console import build_display
 
@@ -286,41 +322,95 @@ class _SeveralFailedError(EnginesmithError):
         self.exit_code = exit_code
 
 
-def _open_store(root: Path) -> ArtifactStore:
+def open_store(root: Path) -> ArtifactStore:
     from enginesmith.store import ArtifactStore
 
     return ArtifactStore(root, warn=lambda message: click.echo(f"warning: {message}", err=True))
 
 
-def _make_plan(path: Path, store: ArtifactStore, variants: Sequence[str], *, server: str = "auto") -> Plan:
+@dataclass(frozen=True)
+class Choice:
+    """What of a spec a command line is about; empty: everything."""
+
+    variants: tuple[str, ...] = ()
+    targets: tuple[str, ...] = ()
+    server: str = "auto"
+    engine_dir: Path | None = None
+    goals: frozenset[StepName] | None = None
+
+
+def make_plan_of(path: Path, store: ArtifactStore, choice: Choice) -> Plan:
+    """The plan for the chosen part of the spec at ``path``.
+
+    Raises:
+        SpecError: the spec is wrong, or engines from elsewhere are given for more than one deployment.
+    """
     from enginesmith.plan import make_plan
     from enginesmith.spec import load_spec
 
-    program = None if server == "auto" else str(Path(server).absolute())
-    return make_plan(load_spec(path), store, variants=variants or None, server=program)
+    made = make_plan(
+        load_spec(path),
+        store,
+        variants=choice.variants or None,
+        targets=choice.targets or None,
+        goals=choice.goals,
+        server=None if choice.server == "auto" else str(Path(choice.server).absolute()),
+        engine_dir=None if choice.engine_dir is None else str(choice.engine_dir.absolute()),
+    )
+    compiled = [step.place for step in made.steps if step.kind == "compile"]
+    if choice.engine_dir is not None and len(compiled) != 1:
+        raise SpecError(
+            f"--engine-dir holds the engines of one deployment, but {len(compiled)} are chosen: {', '.join(compiled) or 'none'}",
+            hint="choose one with --variant and --target; only targets of runtime tensorrt_llm have engines",
+        )
+    return made
+
+
+def refuse_collisions(plans: Sequence[Plan]) -> None:
+    """Return if no two deployments would be published under the same Triton model name.
+
+    Raises:
+        SpecError: two would; the later would silently become a new version of the earlier.
+    """
+    owners: dict[str, str] = {}
+    for plan in plans:
+        for step in plan.steps:
+            if step.kind not in PACKAGES:
+                continue
+            name = (step.params.get("target") or {}).get("model_prefix")
+            name = step.params["model_name"] if name is None else f"{name}tensorrt_llm"
+            owner = f"{plan.spec.name} {step.place}"
+            if name in owners:
+                raise SpecError(
+                    f"{owners[name]} and {owner} would both be published as the Triton model {name}",
+                    hint="give the target model_prefix: '{variant}-', or publish one deployment into each repository "
+                    "with --variant and --target",
+                )
+            owners[name] = owner
 
 
 def _publish(
     plan: Plan, artifacts: Mapping[str, Artifact], repository: Path, *, skip_incomplete: bool
 ) -> list[Publication]:
-    """Publish every variant whose steps are all there."""
+    """Publish every deployment whose steps are all there."""
     from enginesmith.evidence import evidence_of
+    from enginesmith.explain import place_of
     from enginesmith.publish.local import publish as publish_package
 
-    publications = []
-    for variant in plan.variants:
-        steps = [step for step in plan.steps if step.variant == variant]
-        if missing := [step.kind for step in steps if step.key not in artifacts]:
+    publications: list[Publication] = []
+    for variant, target in plan.deployments:
+        place = place_of(variant, target)
+        own = [step for step in plan.steps_of(variant, target) if step.variant is not None]
+        if missing := [step.kind for step in own if step.key not in artifacts]:
             if skip_incomplete:
                 continue
             raise GateError(
-                f"variant {variant} of {plan.spec.name} is not built: {', '.join(missing)} missing; nothing more was published",
+                f"variant {place} of {plan.spec.name} is not built: {', '.join(missing)} missing; nothing more was published",
                 hint="enginesmith build SPEC --publish DIR builds and publishes",
             )
-        package = artifacts[plan.step("package", variant).key]
-        publications.append(
-            publish_package(package.path, repository, evidence=evidence_of(plan, variant, artifacts))
-        )
+        package = next(step for step in own if step.kind in PACKAGES and step.target == target)
+        evidence = evidence_of(plan, variant, target, artifacts=artifacts)
+        publications.append(publish_package(artifacts[package.key].path, repository, evidence=evidence))
     return publications
 
 

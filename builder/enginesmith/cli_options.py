@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, is_dataclass
+from pathlib import Path
 from typing import Any
 
 import click
@@ -14,6 +15,20 @@ SERVER_OPTION = click.option(
     default="auto",
     metavar="auto|PATH",
     help="The tritonserver to run. [default: the one that is found]",
+)
+
+SPEC_ARGUMENT = click.argument("spec", type=click.Path(path_type=Path))
+VARIANTS_OPTION = click.option(
+    "--variant", "variants", multiple=True, metavar="NAME", help="Only this variant. May be repeated."
+)
+TARGETS_OPTION = click.option(
+    "--target", "targets", multiple=True, metavar="NAME", help="Only this target. May be repeated."
+)
+ENGINE_DIR_OPTION = click.option(
+    "--engine-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="Take TensorRT-LLM engines that trtllm-build made elsewhere, after checking them. For one variant and target.",
 )
 
 

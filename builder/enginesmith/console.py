@@ -45,7 +45,7 @@ def event_line(event: BuildEvent) -> str | None:
         case _:
             return None
     place = f"[{event.number}/{event.total}]"
-    return f"{place:<7} {event.step.kind:<9}  {event.step.variant or '-':<12}  {what}"
+    return f"{place:<7} {event.step.kind:<9}  {event.step.place or '-':<12}  {what}"
 
 
 class _PlainDisplay:
@@ -85,7 +85,7 @@ class _LiveDisplay:
     def __call__(self, event: BuildEvent) -> None:
         key = event.step.key
         if event.state == "started":
-            title = f"{event.step.kind} {event.step.variant or ''}"
+            title = f"{event.step.kind} {event.step.place}"
             self._tasks[key] = self._progress.add_task(title, total=None, note="")
         elif event.state == "progress":
             total = None if event.fraction is None else 1.0

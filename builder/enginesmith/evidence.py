@@ -12,25 +12,30 @@ from typing import Any
 from enginesmith import __version__
 from enginesmith.errors import StoreError
 from enginesmith.plan import Plan
+from enginesmith.steps import REHEARSALS
 from enginesmith.store import Artifact
 
 
-def evidence_of(plan: Plan, variant: str, artifacts: Mapping[str, Artifact]) -> dict[str, Any]:
+def evidence_of(
+    plan: Plan, variant: str, target: str | None, *, artifacts: Mapping[str, Artifact]
+) -> dict[str, Any]:
     """Plain JSON: keys, parameters, tools and facts of every step behind ``variant``, and the ``rehearsal`` itself.
 
     Raises:
         StoreError: the rehearsal cannot be read.
     """
-    rehearsal = artifacts[plan.step("rehearse", variant).key].path / "rehearsal.json"
+    steps = plan.steps_of(variant, target)
+    rehearse = next(step for step in steps if step.kind in REHEARSALS and step.target == target)
+    rehearsal = artifacts[rehearse.key].path / "rehearsal.json"
     try:
         rehearsed = json.loads(rehearsal.read_bytes())
     except (OSError, ValueError) as error:
         raise StoreError(f"cannot read {rehearsal}: {error}", hint="build again") from error
-    steps = [step for step in plan.steps if step.variant in (None, variant)]
     return {
         "enginesmith": __version__,
         "spec": plan.spec.name,
         "variant": variant,
+        "target": target,
         "scheme": plan.spec.variants[variant].scheme,
         "rehearsal": rehearsed,
         "steps": {

@@ -21,9 +21,20 @@ class Explanation:
 
     kind: str
     variant: str | None
+    target: str | None
     key: str
     cached: bool
     reasons: tuple[str, ...]
+
+    @property
+    def place(self) -> str:
+        """Whose step it is: ``""`` (all variants), ``variant`` or ``variant@target``."""
+        return place_of(self.variant, self.target)
+
+
+def place_of(variant: str | None, target: str | None) -> str:
+    """The place of a step in its spec: ``""`` (all variants), ``variant`` or ``variant@target``."""
+    return (variant or "") + (f"@{target}" if target else "")
 
 
 def explain_step(
@@ -31,6 +42,7 @@ def explain_step(
     *,
     spec_name: str,
     variant: str | None,
+    target: str | None,
     kind: str,
     key: str,
     parts: Mapping[str, Any],
@@ -39,11 +51,11 @@ def explain_step(
     """Whether the step is cached, and else every reason why it will run. ``input_kinds``: kind of step by key."""
     found = store.inspect(key)
     if isinstance(found, Artifact):
-        return Explanation(kind, variant, key, True, ())
+        return Explanation(kind, variant, target, key, True, ())
     if isinstance(found, Damage):
         reasons = [f"the artifact is damaged: {found.reason}"]
     else:
-        last = last_build(store, spec_name=spec_name, variant=variant, kind=kind)
+        last = last_build(store, spec_name=spec_name, place=place_of(variant, target), kind=kind)
         if last is None:
             reasons = ["never built"]
         else:
@@ -52,7 +64,7 @@ def explain_step(
             ]
         if store.is_quarantined(key):
             reasons.append("an earlier artifact of this key was damaged and is in quarantine")
-    return Explanation(kind, variant, key, False, tuple(reasons))
+    return Explanation(kind, variant, target, key, False, tuple(reasons))
 
 
 def _differences(

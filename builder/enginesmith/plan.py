@@ -10,17 +10,29 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from enginesmith.checks import check_legal, read_hf_config
-from enginesmith.digests import source_digest, tree_digest
-from enginesmith.errors import SourceError, SpecError
-from enginesmith.explain import Explanation, explain_step
-from enginesmith.spec import Calibration, Corpus, Limits, ModelSpec, Variant
-from enginesmith.steps import STEP_KINDS, StepKind, StepName
+from enginesmith.digests import source_digest
+from enginesmith.errors import SpecError
+from enginesmith.explain import Explanation, explain_step, place_of
+from enginesmith.platforms import TOOLCHAINS
+from enginesmith.spec import ModelSpec
+from enginesmith.step_params import (
+    compile_params,
+    convert_params,
+    deployment_params,
+    fetch_params,
+    package_params,
+    quantize_params,
+    reference_params,
+    verify_params,
+)
+from enginesmith.steps import PACKAGES, STEP_KINDS, StepKind, StepName
 from enginesmith.store import Artifact, ArtifactStore
+from enginesmith.targets import LlmApiTarget, OnnxRuntimeTarget, Target, TensorRtLlmTarget
 
 MISSING_TOOL = "missing"
 
@@ -31,6 +43,8 @@ class Step:
 
     kind: StepName
     variant: str | None
+    target: str | None
+    """The target's name for steps of runtimes other than ONNX Runtime, whose engine is every variant's twin."""
     params: Mapping[str, Any]
     inputs: Mapping[str, str]
     """Keys of the input artifacts, by role."""
@@ -44,6 +58,11 @@ class Step:
         tools: Mapping[str, str] = self.parts["tools"]
         return tools
 
+    @property
+    def place(self) -> str:
+        """Whose step it is: ``""`` (all variants), ``variant`` or ``variant@target``."""
+        return place_of(self.variant, self.target)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -51,15 +70,31 @@ class Plan:
 
     spec: ModelSpec
     steps: tuple[Step, ...]
+    kept: tuple[Step, ...] = ()
+    """All steps of the chosen variants and targets; ``steps`` has fewer of them in a plan for one goal."""
+
+    @property
+    def deployments(self) -> tuple[tuple[str, str | None], ...]:
+        """What can be published: variants, each with the target, or None for ONNX Runtime."""
+        return tuple(
+            (step.variant, step.target) for step in self.steps if step.kind in PACKAGES and step.variant
+        )
 
     @property
     def variants(self) -> tuple[str, ...]:
         """The variants that this plan builds."""
         return tuple(dict.fromkeys(step.variant for step in self.steps if step.variant is not None))
 
-    def step(self, kind: StepName, variant: str | None) -> Step:
-        """The step of this kind for this variant."""
-        return next(step for step in self.steps if (step.kind, step.variant) == (kind, variant))
+    def step(self, kind: StepName, variant: str | None, target: str | None = None) -> Step:
+        """The step of this kind for this variant and target."""
+        wanted = (kind, variant, target)
+        return next(step for step in self.steps if (step.kind, step.variant, step.target) == wanted)
+
+    def steps_of(self, variant: str, target: str | None) -> tuple[Step, ...]:
+        """The steps behind one deployment, the shared ones included."""
+        return tuple(
+            step for step in self.steps if step.variant in (None, variant) and step.target in (None, target)
+        )
 
     def explain(self, store: ArtifactStore) -> tuple[Explanation, ...]:
         """For each step, in order: cached or not, and what changed since it was last built."""
@@ -69,6 +104,7 @@ class Plan:
                 store,
                 spec_name=self.spec.name,
                 variant=step.variant,
+                target=step.target,
                 kind=step.kind,
                 key=step.key,
                 parts=step.parts,
@@ -93,15 +129,22 @@ def make_plan(
     store: ArtifactStore,
     *,
     variants: Sequence[str] | None = None,
+    targets: Sequence[str] | None = None,
+    goals: Collection[StepName] | None = None,
     server: str | None = None,
+    engine_dir: str | None = None,
     kinds: Mapping[StepName, StepKind] = STEP_KINDS,
 ) -> Plan:
-    """The steps that build ``variants`` of ``spec`` (default: all), with their keys.
+    """The steps that build ``variants`` of ``spec`` on ``targets`` (default: all), with their keys.
 
-    ``server`` is the tritonserver that rehearses the packages (None: the one that is found).
+    Args:
+        goals: plan only what steps of these kinds need.
+        server: the tritonserver that rehearses the packages (None: the one that is found).
+        engine_dir: TensorRT-LLM engines that were built elsewhere, for a plan of one deployment.
 
     Raises:
-        SpecError: an unknown variant, or a combination that cannot be built, as far as that is known before fetching.
+        SpecError: an unknown variant or target, or a combination that cannot be built, as far as that is known
+            before fetching.
         SourceError: a local checkpoint or text file is missing.
     """
     chosen = list(spec.variants) if variants is None else list(dict.fromkeys(variants))
@@ -109,151 +152,202 @@ def make_plan(
         raise SpecError(
             f"{spec.name} has no variant {', '.join(unknown)}; it has: {', '.join(spec.variants)}"
         )
-    planner = _Planner(spec, store, kinds, server)
-    plan = planner.plan(chosen)
+    known = [target.name for target in spec.targets]
+    if unknown := [name for name in targets or () if name not in known]:
+        raise SpecError(f"{spec.name} has no target {', '.join(unknown)}; it has: {', '.join(known)}")
+    steps = _Planner(spec, store, kinds, server=server, engine_dir=engine_dir).plan(chosen, targets)
+    plan = Plan(spec, steps if goals is None else _needed_for(goals, steps), steps)
+    if not plan.variants:
+        raise SpecError(
+            f"nothing to do: none of the targets {', '.join(targets or known)} builds variant {', '.join(chosen)}"
+            + ("" if goals is None else f" with a step {' or '.join(sorted(goals))}"),
+            hint="targets choose their variants with the key variants",
+        )
     config = _config_at_hand(spec, store, plan.step("fetch", None).key)
     if config is not None:
         check_legal(spec, config)
     return plan
 
 
+def _needed_for(goals: Collection[StepName], steps: Sequence[Step]) -> tuple[Step, ...]:
+    """The steps of these kinds and all that they need, in order."""
+    needed: set[str] = set()
+    for step in reversed(steps):
+        if step.kind in goals or step.key in needed:
+            needed.update((step.key, *step.inputs.values()))
+    return tuple(step for step in steps if step.key in needed)
+
+
+@dataclass(frozen=True)
+class _Made:
+    """Keys of what all targets of one variant share."""
+
+    fetch: str
+    checkpoint: str
+    twin: str | None
+    verdict: str | None
+
+    def as_engine(self) -> Mapping[str, str]:
+        """The twin as an input, where there is one."""
+        return {} if self.twin is None else {"engine": self.twin}
+
+    def as_verdict(self) -> Mapping[str, str]:
+        """The gate's verdict as an input, where there is one."""
+        return {} if self.verdict is None else {"verdict": self.verdict}
+
+
 class _Planner:
     """Collects the steps of one plan; looks each tool and each module up once."""
 
     def __init__(
-        self, spec: ModelSpec, store: ArtifactStore, kinds: Mapping[StepName, StepKind], server: str | None
+        self,
+        spec: ModelSpec,
+        store: ArtifactStore,
+        kinds: Mapping[StepName, StepKind],
+        *,
+        server: str | None,
+        engine_dir: str | None,
     ) -> None:
         self._spec = spec
         self._store = store
         self._kinds = kinds
         self._server = server
+        self._engine_dir = engine_dir
         self._steps: list[Step] = []
         self._tool_versions: dict[str, str] = {}
         self._code_digests: dict[str, str] = {}
 
-    def plan(self, variants: Sequence[str]) -> Plan:
+    def plan(self, variants: Sequence[str], targets: Sequence[str] | None) -> tuple[Step, ...]:
+        """All steps of these variants on these targets (None: all), inputs before users."""
         spec = self._spec
-        fetch = self._add("fetch", None, _fetch_params(spec, self._store), {})
-        evaluation = self._reference_params()
-        baseline = self._add("reference", None, evaluation, {"checkpoint": fetch, "tokenizer": fetch})
+        fetch = self._add("fetch", fetch_params(spec, self._store), {})
+        baseline = None
+        if spec.verify.twin:
+            baseline = self._add(
+                "reference", reference_params(spec, self._store), {"checkpoint": fetch, "tokenizer": fetch}
+            )
         for name in variants:
-            self._add_variant(name, fetch, baseline, evaluation)
-        return Plan(spec, tuple(self._steps))
+            chosen = [target for target in spec.targets_of(name) if targets is None or target.name in targets]
+            if chosen:
+                made = self._add_variant(name, fetch, baseline)
+                for target in chosen:
+                    self._add_target(name, target, made)
+        return tuple(self._steps)
 
-    def _add_variant(self, name: str, fetch: str, baseline: str, evaluation: Mapping[str, Any]) -> None:
-        spec, variant, mode = self._spec, self._spec.variants[name], self._spec.target.mode
+    def _add_variant(self, name: str, fetch: str, baseline: str | None) -> _Made:
+        """The steps that every target of a variant shares: its checkpoint, and its twin with the gate's verdict."""
+        spec, variant, mode = self._spec, self._spec.variants[name], self._spec.twin.mode
         checkpoint, reference = fetch, baseline
         if variant.scheme != "none":
-            checkpoint = self._add("quantize", name, self._quantize_params(variant), {"checkpoint": fetch})
+            params = quantize_params(spec, self._store, variant)
+            checkpoint = self._add("quantize", params, {"checkpoint": fetch}, variant=name)
+        if baseline is None:
+            return _Made(fetch, checkpoint, twin=None, verdict=None)
+        if variant.scheme != "none":
             reference = self._add(
-                "reference", name, evaluation, {"checkpoint": checkpoint, "tokenizer": fetch}
+                "reference",
+                reference_params(spec, self._store),
+                {"checkpoint": checkpoint, "tokenizer": fetch},
+                variant=name,
             )
-        engine = self._add("lower", name, {"mode": mode}, {"checkpoint": checkpoint})
+        assert reference is not None, "there is one where there is a baseline"
+        engine = self._add("lower", {"mode": mode}, {"checkpoint": checkpoint}, variant=name)
         measurements = self._add(
             "measure",
-            name,
             {"mode": mode, "probe_tokens": spec.verify.probe_tokens},
             {"engine": engine, "reference": reference, "baseline": baseline, "checkpoint": fetch},
+            variant=name,
         )
-        verdict = self._add("verify", name, _verify_params(spec, variant), {"measurements": measurements})
+        params = verify_params(spec, variant)
+        verdict = self._add("verify", params, {"measurements": measurements}, variant=name)
+        return _Made(fetch, checkpoint, twin=engine, verdict=verdict)
+
+    def _add_target(self, name: str, target: Target, made: _Made) -> None:
+        match target:
+            case OnnxRuntimeTarget():
+                self._add_onnxruntime(name, target, made)
+            case TensorRtLlmTarget():
+                self._add_tensorrt_llm(name, target, made)
+            case LlmApiTarget():
+                self._add_llmapi(name, target, made)
+
+    def _add_onnxruntime(self, name: str, target: OnnxRuntimeTarget, made: _Made) -> None:
+        assert made.twin is not None, "the spec demands a twin for this target"
+        assert made.verdict is not None, "what has a twin is judged"
         package = self._add(
             "package",
-            name,
-            {
-                "model_name": spec.triton_name(name),
-                "variant": name,
-                "scheme": variant.scheme,
-                "serving": spec.serving.model_dump(mode="json"),
-                "threads": spec.target.threads,
-            },
-            {"engine": engine, "verdict": verdict, "checkpoint": fetch},
+            package_params(self._spec, name, target),
+            {"engine": made.twin, "verdict": made.verdict, "checkpoint": made.fetch},
+            variant=name,
+        )
+        params = {"model_name": self._spec.triton_name(name), "server": self._server}
+        self._add("rehearse", params, {"package": package}, variant=name)
+
+    def _add_tensorrt_llm(self, name: str, target: TensorRtLlmTarget, made: _Made) -> None:
+        spec, place = self._spec, (name, target.name)
+        convert = self._add("convert", convert_params(target), {"checkpoint": made.checkpoint}, place=place)
+        deployment = deployment_params(spec, name, target)
+        repository = self._add(
+            "assemble", deployment, {"checkpoint": made.fetch, "converted": convert}, place=place
+        )
+        rehearsal = self._add(
+            "rehearse_trtllm",
+            {**deployment, "server": self._server},
+            {"repository": repository, "checkpoint": made.fetch, **made.as_engine()},
+            place=place,
+        )
+        toolchain = TOOLCHAINS.get(target.toolchain)  # An unknown one is refused when the plan is complete.
+        compile_ = compile_params(
+            spec,
+            target,
+            self._store,
+            version=toolchain.tensorrt_llm if toolchain else "unknown",
+            engine_dir=self._engine_dir,
+        )
+        engines = self._add(
+            "compile", compile_, {"converted": convert, "checkpoint": made.fetch}, place=place
         )
         self._add(
-            "rehearse",
-            name,
-            {"model_name": spec.triton_name(name), "server": self._server},
-            {"package": package},
+            "package_trtllm",
+            deployment,
+            {"repository": repository, "engines": engines, "rehearsal": rehearsal, **made.as_verdict()},
+            place=place,
+        )
+
+    def _add_llmapi(self, name: str, target: LlmApiTarget, made: _Made) -> None:
+        deployment, place = deployment_params(self._spec, name, target), (name, target.name)
+        package = self._add(
+            "package_llmapi", deployment, {"checkpoint": made.checkpoint, **made.as_verdict()}, place=place
+        )
+        self._add(
+            "rehearse_llmapi",
+            {**deployment, "server": self._server},
+            {"package": package, "checkpoint": made.fetch, **made.as_engine()},
+            place=place,
         )
 
     def _add(
-        self, kind: StepName, variant: str | None, params: Mapping[str, Any], inputs: Mapping[str, str]
+        self,
+        kind: StepName,
+        params: Mapping[str, Any],
+        inputs: Mapping[str, str],
+        *,
+        variant: str | None = None,
+        place: tuple[str, str] | None = None,
     ) -> str:
+        """Add a step of all variants, of one ``variant``, or of one variant on one target (``place``)."""
+        name, target = place or (variant, None)
         step_kind = self._kinds[kind]
         parts = {
             "kind": kind,
-            "params": {name: value for name, value in params.items() if name not in step_kind.unkeyed_params},
+            "params": {key: value for key, value in params.items() if key not in step_kind.unkeyed_params},
             "inputs": dict(inputs),
             "tools": {tool: self._tool_version(tool) for tool in step_kind.tools},
             "code": {module: self._code_digest(module) for module in step_kind.code},
         }
-        step = Step(kind, variant, params, inputs, parts, step_key(parts))
+        step = Step(kind, name, target, params, inputs, parts, step_key(parts))
         self._steps.append(step)
         return step.key
-
-    def _reference_params(self) -> dict[str, Any]:
-        verify = self._spec.verify
-        corpus, path = self._corpus_params(verify.corpus, "verify")
-        return {
-            "corpus": corpus,
-            "tokens": verify.tokens,
-            "window": verify.window,
-            "seed": verify.seed,
-            "location": {"corpus_path": path},
-        }
-
-    def _quantize_params(self, variant: Variant) -> dict[str, Any]:
-        """Only what matters for the scheme has a value, so that nothing else changes the key."""
-        calibration: Calibration | None = variant.calibration or self._spec.calibration
-        if variant.scheme == "int8_wo":
-            calibration = None  # Weights only, by their largest value: nothing is calibrated.
-        corpus, path = self._corpus_params(calibration.corpus, "calibration") if calibration else (None, None)
-        return {
-            "scheme": variant.scheme,
-            "group_size": variant.effective_group_size,
-            "alpha": variant.alpha if variant.scheme == "int8_sq" else None,
-            "alpha_step": variant.alpha_step if variant.scheme == "int4_awq" else None,
-            "kv_cache": variant.kv_cache,
-            "lm_head": variant.lm_head,
-            "exclude": sorted(set(variant.exclude)),
-            "calibration": calibration
-            and {
-                "corpus": corpus,
-                "samples": calibration.samples,
-                "length": calibration.length,
-                "seed": calibration.seed,
-            },
-            "location": {"corpus_path": path},
-        }
-
-    def _corpus_params(self, corpus: Corpus, where: str) -> tuple[dict[str, Any], str | None]:
-        """What of a corpus enters a key, and the absolute path of a local one."""
-        if corpus.builtin:
-            return {"builtin": corpus.builtin, "sha256": self._code_digest("pydoc_data.topics")}, None
-        if corpus.file:
-            path = self._spec.resolve(corpus.file)
-            if not path.is_file():
-                raise SourceError(
-                    f"{where}.corpus.file {path} does not exist or is not a file",
-                    hint="the path starts at the spec's directory",
-                )
-            suffix = path.suffix.lower()
-            field = corpus.field if suffix == ".jsonl" else None
-            return {"file": suffix, "field": field, "sha256": self._store.digests.digest(path)}, str(path)
-        local = self._spec.resolve(corpus.dataset or "")
-        keyed = {"field": corpus.field, "config": corpus.config, "split": corpus.split}
-        if local.exists():
-            content = (
-                tree_digest(local, self._store.digests)
-                if local.is_dir()
-                else self._store.digests.digest(local)
-            )
-            return {"dataset": "local", **keyed, "sha256": content}, str(local)
-        if corpus.revision is None:
-            raise SpecError(
-                f"{where}.corpus.dataset {corpus.dataset} is not a local path ({local}), and a hub dataset needs its revision",
-                hint="add revision: the dataset's commit, 40 hex digits; branches and tags move",
-            )
-        return {"dataset": corpus.dataset, **keyed, "revision": corpus.revision}, None
 
     def _tool_version(self, tool: str) -> str:
         if tool not in self._tool_versions:
@@ -267,46 +361,6 @@ class _Planner:
         if module not in self._code_digests:
             self._code_digests[module] = source_digest(module)
         return self._code_digests[module]
-
-
-def _fetch_params(spec: ModelSpec, store: ArtifactStore) -> dict[str, Any]:
-    source, path = spec.source, None
-    keyed: dict[str, Any] = {"dtype": source.dtype}
-    if source.wheel:
-        keyed |= {"wheel": source.wheel, "sha256": source.sha256, "member": source.member}
-    elif source.hub:
-        keyed |= {"hub": source.hub, "revision": source.revision, "member": source.member}
-    else:
-        path = spec.resolve(source.path or "")
-        if path.is_dir():
-            keyed |= {"directory_sha256": tree_digest(path, store.digests)}
-        elif path.is_file() and path.suffix == ".gguf":
-            keyed |= {"gguf_sha256": store.digests.digest(path)}
-        else:
-            seen = "is neither a directory nor a .gguf file" if path.exists() else "does not exist"
-            raise SourceError(
-                f"source.path {path} {seen}",
-                hint="give a Hugging Face directory or a .gguf file; the path starts at the spec's directory",
-            )
-    return {"source": keyed, "location": {"path": None if path is None else str(path)}}
-
-
-def _verify_params(spec: ModelSpec, variant: Variant) -> dict[str, Any]:
-    verify = spec.verify
-    unquantized = variant.scheme == "none"
-    return {
-        "scheme": variant.scheme,
-        "limits": {
-            "lowering": None if unquantized else _limits(verify.lowering),
-            "baseline": _limits(verify.baseline) if unquantized else None,
-            "quality": _limits(variant.quality or verify.quality),
-        },
-        "max_repeated_run": verify.max_repeated_run,
-    }
-
-
-def _limits(limits: Limits) -> dict[str, Any]:
-    return limits.model_dump(mode="json")
 
 
 def _config_at_hand(spec: ModelSpec, store: ArtifactStore, fetch_key: str) -> dict[str, Any] | None:

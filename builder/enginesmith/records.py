@@ -24,14 +24,14 @@ class Root:
 
     name: str
     spec_path: str | None
-    variants: Mapping[str, tuple[str, ...]]
-    """Keys by variant; "" holds the steps that all variants share."""
+    places: Mapping[str, tuple[str, ...]]
+    """Keys by place: "" (shared by all variants), ``variant`` or ``variant@target``."""
     file: Path
 
     @property
     def keys(self) -> frozenset[str]:
         """Every key that this root keeps."""
-        return frozenset(key for keys in self.variants.values() for key in keys)
+        return frozenset(key for keys in self.places.values() for key in keys)
 
 
 def remember_root(
@@ -39,21 +39,19 @@ def remember_root(
     name: str,
     *,
     spec_path: Path | None,
-    variants: Mapping[str, tuple[str, ...]],
-    all_variants: frozenset[str],
+    places: Mapping[str, tuple[str, ...]],
+    all_places: frozenset[str],
 ) -> None:
-    """Record what a plan needs. Variants of the spec that this plan leaves out keep what they had."""
+    """Record what a plan needs. Variants and targets of the spec that this plan leaves out keep what they had."""
     place = hashlib.sha256(str(spec_path).encode()).hexdigest()[:8]
     file = store.root / "roots" / f"{name}-{place}.json"
     with store.lock("roots", timeout_s=-1), store.disk_errors("recording the plan"):
-        known = _read_root(file).variants if file.exists() else {}
-        merged = {variant: keys for variant, keys in known.items() if variant in all_variants} | dict(
-            variants
-        )
+        known = _read_root(file).places if file.exists() else {}
+        merged = {place: keys for place, keys in known.items() if place in all_places} | dict(places)
         document = {
             "name": name,
             "spec_path": None if spec_path is None else str(spec_path),
-            "variants": merged,
+            "places": merged,
         }
         write_json_atomically(file, document)
 
@@ -68,33 +66,31 @@ def read_roots(store: ArtifactStore) -> tuple[Root, ...]:
 
 
 def remember_build(
-    store: ArtifactStore, *, spec_name: str, variant: str | None, kind: str, parts: Mapping[str, Any]
+    store: ArtifactStore, *, spec_name: str, place: str, kind: str, parts: Mapping[str, Any]
 ) -> None:
     """Record what the last finished step of this place in this spec was made of."""
     with store.disk_errors("recording a finished step"):
-        write_json_atomically(_history_file(store, spec_name, variant, kind), parts)
+        write_json_atomically(_history_file(store, spec_name, place, kind), parts)
 
 
-def last_build(
-    store: ArtifactStore, *, spec_name: str, variant: str | None, kind: str
-) -> Mapping[str, Any] | None:
+def last_build(store: ArtifactStore, *, spec_name: str, place: str, kind: str) -> Mapping[str, Any] | None:
     """The parts that ``remember_build`` recorded, or None."""
     try:
-        document = json.loads(_history_file(store, spec_name, variant, kind).read_bytes())
+        document = json.loads(_history_file(store, spec_name, place, kind).read_bytes())
     except (OSError, ValueError):
         return None  # Only an explanation depends on it.
     return document if isinstance(document, dict) else None
 
 
-def _history_file(store: ArtifactStore, spec_name: str, variant: str | None, kind: str) -> Path:
-    return store.root / "history" / spec_name / f"{kind}@{variant or ''}.json"
+def _history_file(store: ArtifactStore, spec_name: str, place: str, kind: str) -> Path:
+    return store.root / "history" / spec_name / f"{kind}@{place}.json"
 
 
 def _read_root(file: Path) -> Root:
     try:
         document = json.loads(file.read_bytes())
-        variants = {variant: tuple(keys) for variant, keys in document["variants"].items()}
-        return Root(document["name"], document["spec_path"], variants, file)
+        places = {place: tuple(keys) for place, keys in document["places"].items()}
+        return Root(document["name"], document["spec_path"], places, file)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise StoreError(
             f"cannot read {file}: {error}", hint="delete the file and build its spec again"

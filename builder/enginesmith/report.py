@@ -81,7 +81,7 @@ def build_report(plan: Plan, artifacts: Mapping[str, Artifact]) -> BuildReport:
 
 
 def _variant_report(plan: Plan, name: str, artifacts: Mapping[str, Artifact]) -> VariantReport:
-    own: dict[str, Step] = {step.kind: step for step in plan.steps if step.variant == name}
+    own: dict[str, Step] = {step.kind: step for step in plan.steps_of(name, None) if step.variant}
     made = {kind: artifacts[step.key] for kind, step in own.items() if step.key in artifacts}
     facts = {kind: artifact.facts for kind, artifact in made.items()}
     lowered, measured = facts.get("lower", {}), facts.get("measure", {})

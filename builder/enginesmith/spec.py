@@ -148,6 +148,10 @@ BASELINE_LIMITS = Limits(min_top1_agreement=0.999, max_mean_logprob_delta=0.001,
 class Verification(Part):
     """What is measured on every engine, and what stops the build."""
 
+    twin: bool = Field(
+        default=True,
+        description="Lower every variant to ONNX Runtime, to measure it and to rehearse other runtimes with it. false deploys a checkpoint as it came, unmeasured: for architectures that ONNX Runtime cannot take.",
+    )
     corpus: Corpus = Corpus(builtin="english")
     tokens: int = Field(
         default=2040, ge=64, description="Token positions to compare, in windows of `window`."

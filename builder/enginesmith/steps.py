@@ -14,7 +14,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-StepName = Literal["fetch", "quantize", "reference", "lower", "measure", "verify", "package", "rehearse"]
+StepName = Literal[
+    "fetch",
+    "quantize",
+    "reference",
+    "lower",
+    "measure",
+    "verify",
+    "package",
+    "rehearse",
+    "convert",
+    "assemble",
+    "rehearse_trtllm",
+    "compile",
+    "package_trtllm",
+    "package_llmapi",
+    "rehearse_llmapi",
+]
+PACKAGES: tuple[StepName, ...] = ("package", "package_trtllm", "package_llmapi")
+"""The kinds of steps whose artifact can be published."""
+REHEARSALS: tuple[StepName, ...] = ("rehearse", "rehearse_trtllm", "rehearse_llmapi")
+"""The kinds of steps that run a repository in a real tritonserver."""
 
 
 class StepContext(Protocol):
@@ -62,6 +82,17 @@ class StepKind:
 
 
 _TORCH = ("torch", "transformers", "numpy", "tokenizers", "safetensors")
+_REHEARSAL_TOOLS = ("nvidia-pytriton", "tritonclient", "onnxruntime", "numpy", "tokenizers")
+_REHEARSAL_CODE = (
+    "enginesmith.triton.rehearse",
+    "enginesmith.triton.server",
+    "enginesmith.triton.server_log",
+    "enginesmith.triton.installation",
+    "enginesmith.triton.ports",
+    "enginesmith.triton.placement",
+    "enginesmith.triton.config",
+    "enginesmith.triton.models",
+)
 
 STEP_KINDS: Mapping[StepName, StepKind] = {
     kind.name: kind
@@ -129,17 +160,64 @@ STEP_KINDS: Mapping[StepName, StepKind] = {
         StepKind(
             "rehearse",
             "enginesmith.triton.rehearse:run",
-            ("nvidia-pytriton", "tritonclient", "onnxruntime", "numpy", "tokenizers"),
+            _REHEARSAL_TOOLS,
+            _REHEARSAL_CODE,
+            unkeyed_params=("server",),
+        ),
+        StepKind(
+            "convert",
+            "enginesmith.engines.tensorrt_llm.convert:run",
+            ("numpy", "ml-dtypes"),
+            ("enginesmith.engines.tensorrt_llm", "enginesmith.checkpoints", "enginesmith.platforms"),
+            unkeyed_params=("workers",),
+        ),
+        StepKind(
+            "assemble",
+            "enginesmith.triton.trtllm.assemble:run",
+            ("protobuf", "tritonclient"),
             (
-                "enginesmith.triton.rehearse",
-                "enginesmith.triton.server",
-                "enginesmith.triton.server_log",
-                "enginesmith.triton.installation",
-                "enginesmith.triton.ports",
-                "enginesmith.triton.placement",
+                "enginesmith.triton.trtllm",
                 "enginesmith.triton.config",
+                "enginesmith.triton.placement",
                 "enginesmith.triton.models",
             ),
+        ),
+        StepKind(
+            "rehearse_trtllm",
+            "enginesmith.triton.trtllm.rehearse:run",
+            _REHEARSAL_TOOLS,
+            (*_REHEARSAL_CODE, "enginesmith.triton.trtllm"),
+            unkeyed_params=("server",),
+        ),
+        StepKind(
+            "compile",
+            "enginesmith.engines.tensorrt_llm.compile:run",
+            (),
+            ("enginesmith.engines.tensorrt_llm.compile", "enginesmith.engines.tensorrt_llm.arguments"),
+            unkeyed_params=("location",),
+        ),
+        StepKind(
+            "package_trtllm",
+            "enginesmith.triton.trtllm.package:run",
+            (),
+            ("enginesmith.triton.trtllm.package", "enginesmith.triton.placement"),
+        ),
+        StepKind(
+            "package_llmapi",
+            "enginesmith.triton.llmapi.package:run",
+            ("protobuf", "tritonclient", "pyyaml"),
+            (
+                "enginesmith.triton.llmapi",
+                "enginesmith.triton.config",
+                "enginesmith.triton.placement",
+                "enginesmith.triton.models",
+            ),
+        ),
+        StepKind(
+            "rehearse_llmapi",
+            "enginesmith.triton.llmapi.rehearse:run",
+            _REHEARSAL_TOOLS,
+            (*_REHEARSAL_CODE, "enginesmith.triton.llmapi"),
             unkeyed_params=("server",),
         ),
     )

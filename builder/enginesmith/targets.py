@@ -17,7 +17,7 @@ RuntimeName = Literal["onnxruntime", "tensorrt_llm", "tensorrt_llm_llmapi"]
 PluginDtype = Literal["auto", "float16", "float32", "bfloat16", "int32", "disable"]
 
 _TARGET_NAME = r"^[a-z0-9][a-z0-9_-]{0,30}$"
-_MODEL_PREFIX = r"^([a-z0-9][a-z0-9_.-]{0,40})?$"
+_MODEL_PREFIX = r"^([a-z0-9_.-]|\{name\}|\{variant\}|\{target\}){0,60}$"
 
 
 class OnnxRuntimeTarget(Part):
@@ -136,9 +136,10 @@ class _TensorRtLlmCommon(Part):
     model_prefix: str = Field(
         default="",
         pattern=_MODEL_PREFIX,
-        description="Put before the names of the Triton models, so that several deployments fit one repository.",
+        description="Put before the names of the Triton models, so that several deployments fit one repository. {name}, {variant} and {target} stand for what they say.",
     )
     nccl: Nccl = Nccl()
+    name: str
 
     @model_validator(mode="after")
     def _devices_fit(self) -> _TensorRtLlmCommon:
@@ -160,8 +161,17 @@ class _TensorRtLlmCommon(Part):
         """Copies of the model."""
         return max(1, len(self.devices))
 
+    def prefix_for(self, spec_name: str, variant: str) -> str:
+        """``model_prefix`` with its placeholders filled in."""
+        values = {"{name}": spec_name, "{variant}": variant, "{target}": self.name}
+        prefix = self.model_prefix
+        for placeholder, value in values.items():
+            prefix = prefix.replace(placeholder, value)
+        return prefix
+
     def triton_model(self, part: str) -> str:
-        """The name of one Triton model of the deployment, e.g. ``ensemble``."""
+        """The name of one Triton model of the deployment, e.g. ``ensemble``; the prefix must be a plain one."""
+        assert "{" not in self.model_prefix, self.model_prefix
         return f"{self.model_prefix}{part}"
 
 

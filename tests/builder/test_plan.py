@@ -310,7 +310,7 @@ def test_directory_without_config_is_refused(planned: Callable[..., Plan], tmp_p
 
 def _remember_all(store: ArtifactStore, plan: Plan) -> None:
     for step in plan.steps:
-        remember_build(store, spec_name="tiny", variant=step.variant, kind=step.kind, parts=step.parts)
+        remember_build(store, spec_name="tiny", place=step.place, kind=step.kind, parts=step.parts)
 
 
 def _reasons(plan: Plan, store: ArtifactStore, kind: str, variant: str | None) -> tuple[str, ...]:
@@ -332,7 +332,7 @@ def test_explanation_names_tools_and_code(planned: Callable[..., Plan], store: A
     _remember_all(store, plan)
     step = plan.step("lower", "sq")
     before = {**step.parts, "tools": {"onnxruntime": "1.31"}, "code": {"tiny_steps": "0" * 64}}
-    remember_build(store, spec_name="tiny", variant="sq", kind="lower", parts=before)
+    remember_build(store, spec_name="tiny", place="sq", kind="lower", parts=before)
     assert _reasons(plan, store, "lower", "sq") == (
         "tool onnxruntime 1.31 → (absent)",
         "enginesmith's code of this step changed (tiny_steps)",

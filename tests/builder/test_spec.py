@@ -28,7 +28,7 @@ def test_first_spec_of_the_project_is_valid() -> None:
 
 def test_defaults_are_complete() -> None:
     spec = _parse(MINIMAL)
-    assert spec.target.mode == "fast"
+    assert spec.twin.mode == "fast"
     assert spec.serving.prompt_limit == 1023
     assert spec.resolve("x/../y") == Path("/specs/y")
 
@@ -69,7 +69,7 @@ def test_defaults_are_complete() -> None:
             MINIMAL.replace("scheme: none", "scheme: int4_awq, group_size: 48"),
             "48 is not one of 32, 64, 128, 256",
         ),
-        (MINIMAL.replace("scheme: none", "scheme: int8_sq, kv_cache: fp8"), "belongs to scheme fp8"),
+        (MINIMAL.replace("scheme: none", "scheme: int8_sq, kv_cache: fp8"), "does not go with scheme int8_sq; allowed: none or int8"),
         (MINIMAL.replace("{a:", "{A/b:"), "becomes part of a Triton model name"),
         (MINIMAL.replace("{a: {scheme: none}}", "{}"), "variants: .*at least 1"),
         (MINIMAL.replace("name: m\n", ""), "name: required key is missing"),

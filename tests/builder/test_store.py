@@ -299,7 +299,7 @@ def test_damage_is_left_alone_while_a_builder_works_on_the_key(store: _Recording
 
 
 def _remember(store: ArtifactStore, name: str, keys: tuple[str, ...]) -> None:
-    remember_root(store, name, spec_path=None, variants={"v": keys}, all_variants=frozenset({"", "v"}))
+    remember_root(store, name, spec_path=None, places={"v": keys}, all_places=frozenset({"", "v"}))
 
 
 def test_gc_keeps_what_a_plan_needs_and_reports_the_rest(store: _Recording) -> None:
@@ -358,8 +358,8 @@ def test_gc_refuses_when_a_record_is_unreadable(store: _Recording) -> None:
 def test_plan_of_one_variant_keeps_what_the_others_had(store: _Recording) -> None:
     _put(store)
     everything = frozenset({"", "a", "b"})
-    remember_root(store, "s", spec_path=None, variants={"a": (KEY,), "b": (OTHER,)}, all_variants=everything)
-    remember_root(store, "s", spec_path=None, variants={"b": ("ef" * 32,)}, all_variants=everything)
+    remember_root(store, "s", spec_path=None, places={"a": (KEY,), "b": (OTHER,)}, all_places=everything)
+    remember_root(store, "s", spec_path=None, places={"b": ("ef" * 32,)}, all_places=everything)
     assert collect_garbage(store).removed == ()
-    remember_root(store, "s", spec_path=None, variants={"b": ()}, all_variants=everything - {"a"})
+    remember_root(store, "s", spec_path=None, places={"b": ()}, all_places=everything - {"a"})
     assert collect_garbage(store).removed == (KEY,)

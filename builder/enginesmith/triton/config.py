@@ -1,6 +1,6 @@
 """Writes ``config.pbtxt`` by filling Triton's own protobuf message, and reads it back.
 
-Knows the message and the tensors of a text-generation model. Knows nothing of files and engines. The format is
+Knows the message, for models and for ensembles, and the tensors of a text-generation model. Knows nothing of files and engines. The format is
 ``ModelConfig`` of Triton's ``model_config.proto``, printed in protobuf text format.
 """
 
@@ -17,7 +17,18 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 from enginesmith.errors import SourceError
 from enginesmith.spec import DynamicBatching
 
-DataType = Literal["TYPE_STRING", "TYPE_INT32", "TYPE_UINT64", "TYPE_FP32", "TYPE_BOOL"]
+DataType = Literal[
+    "TYPE_STRING",
+    "TYPE_UINT8",
+    "TYPE_INT32",
+    "TYPE_INT64",
+    "TYPE_UINT64",
+    "TYPE_FP16",
+    "TYPE_BF16",
+    "TYPE_FP32",
+    "TYPE_BOOL",
+]
+InstanceKind = Literal["KIND_CPU", "KIND_GPU", "KIND_MODEL"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +41,17 @@ class Tensor:
     optional: bool = False
     ragged: bool = False
     """Requests with different shapes may share a batch. The Python backend hands over each request's own tensor."""
+    reshape: tuple[int, ...] | None = None
+    """The shape that the backend sees instead of ``dims``; ``()`` is one number per row of the batch."""
+
+
+@dataclass(frozen=True)
+class EnsembleStep:
+    """One model of an ensemble; the maps give the ensemble's tensor for each tensor of the model."""
+
+    model: str
+    inputs: Mapping[str, str]
+    outputs: Mapping[str, str]
 
 
 LLM_INPUTS = (
@@ -59,31 +81,58 @@ def model_config(
     max_batch_size: int,
     dynamic_batching: DynamicBatching | None,
     instances: int = 1,
+    instance_kind: InstanceKind = "KIND_CPU",
     parameters: Mapping[str, str] | None = None,
+    backend: str = "python",
+    decoupled: bool = False,
 ) -> ModelConfig:
-    """The complete configuration of a model for the Python backend on CPUs.
+    """The complete configuration of a model; by default for the Python backend on CPUs.
 
-    Complete means that tritonserver has nothing to fill in (``--disable-auto-complete-config``).
+    Complete means that tritonserver has nothing to fill in (``--disable-auto-complete-config``). A model that is
+    not ``decoupled`` gives one answer per request, when it is complete.
     """
-    config = ModelConfig(name=name, backend="python", max_batch_size=max_batch_size)
+    config = ModelConfig(name=name, backend=backend, max_batch_size=max_batch_size)
+    _add_tensors(config, inputs, outputs)
+    config.instance_group.add(kind=pb.ModelInstanceGroup.Kind.Value(instance_kind), count=instances)
+    if dynamic_batching is not None:
+        config.dynamic_batching.CopyFrom(_dynamic_batching(dynamic_batching))
+    config.model_transaction_policy.decoupled = decoupled
+    for key, value in sorted((parameters or {}).items()):
+        config.parameters[key].string_value = value
+    return config
+
+
+def ensemble_config(
+    name: str,
+    *,
+    inputs: Sequence[Tensor],
+    outputs: Sequence[Tensor],
+    max_batch_size: int,
+    steps: Sequence[EnsembleStep],
+) -> ModelConfig:
+    """The configuration of an ensemble. Each step runs whichever version of its model is served."""
+    config = ModelConfig(name=name, platform="ensemble", max_batch_size=max_batch_size)
+    _add_tensors(config, inputs, outputs)
+    for step in steps:
+        config.ensemble_scheduling.step.add(
+            model_name=step.model, model_version=-1, input_map=step.inputs, output_map=step.outputs
+        )
+    return config
+
+
+def _add_tensors(config: ModelConfig, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
     for tensor in inputs:
-        config.input.add(
+        added = config.input.add(
             name=tensor.name,
             data_type=pb.DataType.Value(tensor.data_type),
             dims=tensor.dims,
             optional=tensor.optional,
             allow_ragged_batch=tensor.ragged,
         )
+        if tensor.reshape is not None:
+            added.reshape.CopyFrom(pb.ModelTensorReshape(shape=tensor.reshape))
     for tensor in outputs:
         config.output.add(name=tensor.name, data_type=pb.DataType.Value(tensor.data_type), dims=tensor.dims)
-    config.instance_group.add(kind=pb.ModelInstanceGroup.KIND_CPU, count=instances)
-    if dynamic_batching is not None:
-        config.dynamic_batching.CopyFrom(_dynamic_batching(dynamic_batching))
-    # Answers come one per request, when it is complete.
-    config.model_transaction_policy.decoupled = False
-    for key, value in sorted((parameters or {}).items()):
-        config.parameters[key].string_value = value
-    return config
 
 
 def _dynamic_batching(batching: DynamicBatching) -> pb.ModelDynamicBatching:

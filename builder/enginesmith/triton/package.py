@@ -33,8 +33,8 @@ def run(context: StepContext) -> Mapping[str, Any]:
     """
     params = context.params
     serving = Serving.model_validate(params["serving"])
-    _require_passed(context.inputs["verdict"])
-    _require_positions(context.inputs["checkpoint"], serving)
+    require_passed(context.inputs["verdict"])
+    require_positions(context.inputs["checkpoint"], serving)
 
     model = context.out / str(params["model_name"])
     version = model / "1"
@@ -51,7 +51,12 @@ def run(context: StepContext) -> Mapping[str, Any]:
     }
 
 
-def _require_passed(verdict_directory: Path) -> None:
+def require_passed(verdict_directory: Path) -> None:
+    """Return when the verdict in ``verdict_directory`` says passed.
+
+    Raises:
+        GateError: it says otherwise, and which checks are broken, or there is none.
+    """
     path = verdict_directory / "verdict.json"
     try:
         verdict = json.loads(path.read_text(encoding="utf-8"))
@@ -67,7 +72,12 @@ def _require_passed(verdict_directory: Path) -> None:
         )
 
 
-def _require_positions(checkpoint: Path, serving: Serving) -> None:
+def require_positions(checkpoint: Path, serving: Serving) -> None:
+    """Return when the model of ``checkpoint`` knows as many positions as ``serving`` wants to serve.
+
+    Raises:
+        SpecError: it knows fewer.
+    """
     positions = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))[
         "max_position_embeddings"
     ]

@@ -27,10 +27,10 @@ import tritonclient.grpc as grpc
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 from tritonclient.utils import InferenceServerException
 
-from enginesmith.errors import GateError
 from enginesmith.steps import StepContext
 from enginesmith.triton.config import LLM_INPUTS, parse_config
 from enginesmith.triton.placement import contents_digest, place_tree, tree_contents
+from enginesmith.triton.rehearsal_report import Check, require_passed
 from enginesmith.triton.server import TritonServer, find_server
 
 PROMPTS = (
@@ -61,17 +61,6 @@ class Answer:
     refusal: str | None = None
     status: str | None = None
     """The gRPC status of a refusal."""
-
-
-@dataclass(frozen=True)
-class Check:
-    """One thing that was asked of the server."""
-
-    name: str
-    asked: str
-    expected: str
-    seen: str
-    passed: bool
 
 
 Ask = Callable[..., Answer]
@@ -107,7 +96,7 @@ def run(context: StepContext) -> Mapping[str, Any]:
             "requests": asking.requests,
             "server_version": server.server_version(),
         }
-    _require_passed(model, checks)
+    require_passed(model, checks)
     rehearsal = {
         "format": 1,
         "passed": True,
@@ -319,16 +308,3 @@ def _largest_batch(client: grpc.InferenceServerClient, model: str) -> int:
     """The largest number of requests that the server ran together."""
     statistics = client.get_inference_statistics(model, as_json=True)["model_stats"][0]
     return max((int(batch["batch_size"]) for batch in statistics.get("batch_stats", ())), default=0)
-
-
-def _require_passed(model: str, checks: Sequence[Check]) -> None:
-    failed = [check for check in checks if not check.passed]
-    if failed:
-        details = "\n".join(
-            f"  {check.name}: asked {check.asked!r}\n    expected {check.expected!r}\n    seen     {check.seen!r}"
-            for check in failed
-        )
-        raise GateError(
-            f"{model} failed its rehearsal in tritonserver: {len(failed)} of {len(checks)} checks\n{details}",
-            hint="the package will not be published; the engine passed its verification, so look at how it is served",
-        )

@@ -1,0 +1,205 @@
+"""The parameters of each kind of step, read from a spec: what of it decides the step's result, and nothing else.
+
+What is left out of a step's parameters can be edited in the spec without running that step again. Used by
+``enginesmith.plan``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from enginesmith.digests import source_digest, tree_digest
+from enginesmith.errors import SourceError, SpecError
+from enginesmith.platforms import GPUS
+from enginesmith.spec import Calibration, Corpus, Limits, ModelSpec, Serving, Variant
+from enginesmith.store import ArtifactStore
+from enginesmith.targets import LlmApiTarget, OnnxRuntimeTarget, TensorRtLlmTarget
+
+Params = dict[str, Any]
+
+
+def fetch_params(spec: ModelSpec, store: ArtifactStore) -> Params:
+    """The source by content where it is local, else by its pin."""
+    source, path = spec.source, None
+    keyed: dict[str, Any] = {"dtype": source.dtype}
+    if source.wheel:
+        keyed |= {"wheel": source.wheel, "sha256": source.sha256, "member": source.member}
+    elif source.hub:
+        keyed |= {"hub": source.hub, "revision": source.revision, "member": source.member}
+    else:
+        path = spec.resolve(source.path or "")
+        if path.is_dir():
+            keyed |= {"directory_sha256": tree_digest(path, store.digests)}
+        elif path.is_file() and path.suffix == ".gguf":
+            keyed |= {"gguf_sha256": store.digests.digest(path)}
+        else:
+            seen = "is neither a directory nor a .gguf file" if path.exists() else "does not exist"
+            raise SourceError(
+                f"source.path {path} {seen}",
+                hint="give a Hugging Face directory or a .gguf file; the path starts at the spec's directory",
+            )
+    return {"source": keyed, "location": {"path": None if path is None else str(path)}}
+
+
+def verify_params(spec: ModelSpec, variant: Variant) -> Params:
+    """The limits that the gate applies."""
+    verify = spec.verify
+    unquantized = variant.scheme == "none"
+    return {
+        "scheme": variant.scheme,
+        "limits": {
+            "lowering": None if unquantized else _limits(verify.lowering),
+            "baseline": _limits(verify.baseline) if unquantized else None,
+            "quality": _limits(variant.quality or verify.quality),
+        },
+        "max_repeated_run": verify.max_repeated_run,
+    }
+
+
+def _limits(limits: Limits) -> dict[str, Any]:
+    return limits.model_dump(mode="json")
+
+
+def reference_params(spec: ModelSpec, store: ArtifactStore) -> Params:
+    """The texts whose scores are the reference."""
+    verify = spec.verify
+    corpus, path = _corpus_params(spec, store, verify.corpus, where="verify")
+    return {
+        "corpus": corpus,
+        "tokens": verify.tokens,
+        "window": verify.window,
+        "seed": verify.seed,
+        "location": {"corpus_path": path},
+    }
+
+
+def quantize_params(spec: ModelSpec, store: ArtifactStore, variant: Variant) -> Params:
+    """Only what matters for the scheme has a value, so that nothing else changes the key."""
+    calibration: Calibration | None = variant.calibration or spec.calibration
+    if variant.scheme == "int8_wo" and variant.kv_cache == "none":
+        calibration = None  # Weights only, by their largest value: nothing is calibrated.
+    corpus, path = (
+        _corpus_params(spec, store, calibration.corpus, where="calibration") if calibration else (None, None)
+    )
+    return {
+        "scheme": variant.scheme,
+        "group_size": variant.effective_group_size,
+        "alpha": variant.alpha if variant.scheme == "int8_sq" else None,
+        "alpha_step": variant.alpha_step if variant.scheme in ("int4_awq", "w4a8_awq") else None,
+        "kv_cache": variant.kv_cache,
+        "lm_head": variant.lm_head,
+        "exclude": sorted(set(variant.exclude)),
+        "calibration": calibration
+        and {
+            "corpus": corpus,
+            "samples": calibration.samples,
+            "length": calibration.length,
+            "seed": calibration.seed,
+        },
+        "location": {"corpus_path": path},
+    }
+
+
+def _corpus_params(
+    spec: ModelSpec, store: ArtifactStore, corpus: Corpus, *, where: str
+) -> tuple[Params, str | None]:
+    """What of a corpus enters a key, and the absolute path of a local one."""
+    if corpus.builtin:
+        return {"builtin": corpus.builtin, "sha256": source_digest("pydoc_data.topics")}, None
+    if corpus.file:
+        path = spec.resolve(corpus.file)
+        if not path.is_file():
+            raise SourceError(
+                f"{where}.corpus.file {path} does not exist or is not a file",
+                hint="the path starts at the spec's directory",
+            )
+        suffix = path.suffix.lower()
+        field = corpus.field if suffix == ".jsonl" else None
+        return {"file": suffix, "field": field, "sha256": store.digests.digest(path)}, str(path)
+    local = spec.resolve(corpus.dataset or "")
+    keyed = {"field": corpus.field, "config": corpus.config, "split": corpus.split}
+    if local.exists():
+        content = tree_digest(local, store.digests) if local.is_dir() else store.digests.digest(local)
+        return {"dataset": "local", **keyed, "sha256": content}, str(local)
+    if corpus.revision is None:
+        raise SpecError(
+            f"{where}.corpus.dataset {corpus.dataset} is not a local path ({local}), and a hub dataset needs its revision",
+            hint="add revision: the dataset's commit, 40 hex digits; branches and tags move",
+        )
+    return {"dataset": corpus.dataset, **keyed, "revision": corpus.revision}, None
+
+
+def package_params(spec: ModelSpec, name: str, target: OnnxRuntimeTarget) -> Params:
+    """How Triton serves an ONNX Runtime engine."""
+    return {
+        "model_name": spec.triton_name(name),
+        "variant": name,
+        "scheme": spec.variants[name].scheme,
+        "serving": spec.serving.model_dump(mode="json"),
+        "threads": target.threads,
+    }
+
+
+def convert_params(target: TensorRtLlmTarget) -> Params:
+    """How a TensorRT-LLM checkpoint is sharded; ``workers`` only says how fast."""
+    parallelism = target.parallelism.model_dump(mode="json")
+    return {**parallelism, "workers": target.workers}
+
+
+def deployment_params(spec: ModelSpec, name: str, target: TensorRtLlmTarget | LlmApiTarget) -> Params:
+    """How Triton serves a TensorRT-LLM runtime: target and serving, with the model names made for this variant."""
+    prefix = target.prefix_for(spec.name, name)
+    dump = target.model_dump(mode="json", exclude={"variants", "workers", "nccl"}) | {"model_prefix": prefix}
+    return {
+        "target": dump,
+        "serving": spec.serving.model_dump(mode="json"),
+        "model_name": f"{spec.triton_name(name)}-{target.name}",
+        "variant": name,
+        "scheme": spec.variants[name].scheme,
+    }
+
+
+_COMPILED = {
+    "runtime",
+    "toolchain",
+    "gpu",
+    "parallelism",
+    "max_num_tokens",
+    "opt_num_tokens",
+    "max_beam_width",
+    "logits_dtype",
+    "gather_context_logits",
+    "gather_generation_logits",
+    "plugins",
+}
+
+
+def compile_params(
+    spec: ModelSpec, target: TensorRtLlmTarget, store: ArtifactStore, *, version: str, engine_dir: str | None
+) -> Params:
+    """What ``trtllm-build`` compiles in, and nothing that can be changed without compiling again.
+
+    ``version`` is the toolchain's TensorRT-LLM. ``engine_dir`` holds engines that were built elsewhere.
+    """
+    serving = Serving(
+        max_batch_size=spec.serving.max_batch_size,
+        dynamic_batching=None,
+        max_sequence_length=spec.serving.max_sequence_length,
+        max_prompt_length=spec.serving.max_prompt_length,
+    )
+    capability = GPUS[target.gpu].compute_capability
+    dump = target.model_dump(mode="json", include=_COMPILED)
+    dump["kv_cache"] = {"tokens_per_block": target.kv_cache.tokens_per_block}
+    return {
+        "target": dump,
+        "serving": serving.model_dump(mode="json"),
+        "version": version,
+        "compute_capability": capability,
+        "location": {
+            "engine_dir": engine_dir,
+            "timing_cache": str(
+                store.root / "timing_caches" / f"tensorrt-llm-{version}-sm{capability}.cache"
+            ),
+            "workers": target.workers,
+        },
+    }
