@@ -38,7 +38,8 @@ def fetch_params(spec: ModelSpec, store: ArtifactStore) -> Params:
                 f"source.path {path} {seen}",
                 hint="give a Hugging Face directory or a .gguf file; the path starts at the spec's directory",
             )
-    return {"source": keyed, "location": {"path": None if path is None else str(path)}}
+    as_it_came = {} if spec.verify.twin else {"as_it_came": True}
+    return {"source": keyed, **as_it_came, "location": {"path": None if path is None else str(path)}}
 
 
 def verify_params(spec: ModelSpec, variant: Variant) -> Params:

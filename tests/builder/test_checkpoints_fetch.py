@@ -18,6 +18,7 @@ import pytest
 import yaml
 from checkpoint_factory import CHAT_TEMPLATE, tiny_checkpoint, tiny_gguf
 
+from enginesmith.checkpoints.canonical import canonical_from_directory
 from enginesmith.checkpoints.fetch import run
 from enginesmith.checkpoints.locate import ModelLocation
 from enginesmith.checkpoints.tensors import CheckpointTensors
@@ -372,3 +373,32 @@ def test_fetching_a_local_checkpoint_imports_neither_torch_nor_transformers(
         "assert not {'torch', 'transformers', 'huggingface_hub', 'gguf'} & set(sys.modules), sorted(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_checkpoint_of_any_architecture_is_taken_as_it_came(tmp_path: Path) -> None:
+    source = tiny_checkpoint(tmp_path / "source", shards=2)
+    config = json.loads((source / "config.json").read_text())
+    config["architectures"] = ["DeepseekV3ForCausalLM"]
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SourceError, match="DeepseekV3ForCausalLM, which is not supported"):
+        canonical_from_directory(source, fresh(tmp_path / "a"), dtype=None, report=ignore)
+    summary = canonical_from_directory(
+        source, fresh(tmp_path / "b"), dtype=None, report=ignore, as_it_came=True
+    )
+    assert summary.architecture == "DeepseekV3ForCausalLM"
+    assert sorted(path.name for path in source.glob("*.safetensors*")) == sorted(
+        path.name for path in (tmp_path / "b").glob("*.safetensors*")
+    )
+    shard = next(source.glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(SourceError, match="truncated"):
+        canonical_from_directory(source, fresh(tmp_path / "c"), dtype=None, report=ignore, as_it_came=True)
+
+
+def fresh(directory: Path) -> Path:
+    directory.mkdir()
+    return directory
+
+
+def ignore(fraction: float | None, note: str) -> None:
+    """A receiver of progress that does not look."""

@@ -24,7 +24,12 @@ from enginesmith.checkpoints.tensors import (
     read_json_object,
 )
 from enginesmith.checkpoints.tokenizer import copy_tokenizer
-from enginesmith.checkpoints.validate import WEIGHT_DTYPES, CheckpointSummary, validate_checkpoint
+from enginesmith.checkpoints.validate import (
+    WEIGHT_DTYPES,
+    CheckpointSummary,
+    summarize_checkpoint,
+    validate_checkpoint,
+)
 from enginesmith.checkpoints.writer import (
     SAFETENSORS_DTYPES,
     PlannedTensor,
@@ -44,16 +49,18 @@ _FICLONE = 0x40049409  # linux/fs.h: let a file share another's blocks until one
 
 
 def canonical_from_directory(
-    source: Path, out: Path, *, dtype: WeightDtype | None, report: Report
+    source: Path, out: Path, *, dtype: WeightDtype | None, report: Report, as_it_came: bool = False
 ) -> CheckpointSummary:
     """Fill ``out`` with the canonical form of the checkpoint in ``source``: what it holds.
 
-    With ``dtype``, weights are converted tensor by tensor; without, their bytes stay as they are.
+    With ``dtype``, weights are converted tensor by tensor; without, their bytes stay as they are. ``as_it_came``
+    takes any architecture: shards and index must be whole, the tensors in them are the runtime's business.
 
     Raises:
         SourceError: the checkpoint is damaged, incomplete or not supported; nothing useful is left in ``out``.
     """
-    validate_checkpoint(source)
+    checked = summarize_checkpoint if as_it_came else validate_checkpoint
+    checked(source)
     tensors = CheckpointTensors(source)
     for name in COPIED_FILES:
         if (source / name).exists():
@@ -69,7 +76,7 @@ def canonical_from_directory(
                 hint="leave dtype out of the source",
             )
         _convert_weights(tensors, out, dtype=dtype, report=report)
-    return validate_checkpoint(out)
+    return checked(out)
 
 
 def clone_or_copy(source: Path, target: Path) -> None:

@@ -26,7 +26,7 @@ def run(context: StepContext) -> Mapping[str, Any]:
 
     ``params["location"]["path"]`` says where a local source is; ``directory_sha256`` or ``gguf_sha256`` in the
     source says what was planned; a source that has changed since is refused, because its artifact would be kept
-    under a wrong key.
+    under a wrong key. ``params["as_it_came"]`` takes directories of any architecture.
 
     Raises:
         SourceError: the source is missing, damaged, ambiguous or not supported.
@@ -39,7 +39,13 @@ def run(context: StepContext) -> Mapping[str, Any]:
     if location.kind == "gguf":
         summary = checkpoint_from_gguf(path, context.out, dtype=dtype or "bfloat16", report=context.progress)
     else:
-        summary = canonical_from_directory(path, context.out, dtype=dtype, report=context.progress)
+        summary = canonical_from_directory(
+            path,
+            context.out,
+            dtype=dtype,
+            report=context.progress,
+            as_it_came=bool(context.params.get("as_it_came")),
+        )
     planned = source.get("directory_sha256") or source.get("gguf_sha256")
     if planned:
         _refuse_changed_source(Path(context.params["location"]["path"]), planned)

@@ -108,6 +108,29 @@ def validate_checkpoint(directory: Path) -> CheckpointSummary:
     )
 
 
+def summarize_checkpoint(directory: Path) -> CheckpointSummary:
+    """What the checkpoint in ``directory`` is, of whatever architecture; every shard must be there and whole.
+
+    ``parameters`` counts stored elements: scales and packed integers as they lie in the files.
+
+    Raises:
+        SourceError: a file is missing or damaged, or the config names no architecture.
+    """
+    tensors = CheckpointTensors(directory)
+    match tensors.config.get("architectures"):
+        case [str(architecture)]:
+            pass
+        case seen:
+            raise SourceError(f"{directory / CONFIG_FILE} must name one architecture, seen: {seen!r}")
+    bytes_by_dtype: Counter[str] = Counter()
+    for name in tensors.names():
+        bytes_by_dtype[tensors.dtype(name)] += tensors.nbytes(name)
+    stored = sum(math.prod(tensors.shape(name)) for name in tensors.names())
+    return CheckpointSummary(
+        architecture, stored, bytes_by_dtype.total(), bytes_by_dtype.most_common(1)[0][0]
+    )
+
+
 def architecture_of(config: Mapping[str, Any], path: Path) -> str:
     """The one supported architecture that a ``config.json`` names; ``path`` is for the message."""
     allowed = ", ".join(ARCHITECTURES)
