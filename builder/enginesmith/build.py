@@ -16,12 +16,14 @@ from typing import Literal
 from packaging.requirements import Requirement
 
 from enginesmith.checks import check_legal, read_hf_config
+from enginesmith.engines.tensorrt_llm.toolchain import require_compiler
 from enginesmith.errors import EnginesmithError, ToolchainError
 from enginesmith.plan import MISSING_TOOL, Plan, Step
 from enginesmith.records import remember_build, remember_root
 from enginesmith.runner import DiskFullInWorkerError, Runner, StepRequest
 from enginesmith.steps import STEP_KINDS, StepKind, StepName
 from enginesmith.store import Artifact, ArtifactStore, Staging
+from enginesmith.targets import TensorRtLlmTarget
 
 EventState = Literal["cached", "started", "progress", "waiting", "built", "failed", "skipped"]
 
@@ -82,9 +84,12 @@ def build(
     skips the steps that need it, and the errors are in the result.
 
     Raises:
-        EnginesmithError: a step failed (without ``keep_going``), a tool is missing, a spec does not fit its checkpoint.
+        EnginesmithError: a step failed (without ``keep_going``), a tool or the GPU to compile engines with is
+            missing, a spec does not fit its checkpoint.
         KeyboardInterrupt: after the workers have ended.
     """
+    for plan in plans:
+        _check_compilers(plan, store)
     for plan in plans:
         _remember_plan(plan, store)
     store.clean_staging()
@@ -270,6 +275,19 @@ def _check_toolchain(steps: Sequence[Step]) -> None:
         raise ToolchainError(
             f"this build needs {', '.join(missing)}, which this Python environment does not have", hint=advice
         )
+
+
+def _check_compilers(plan: Plan, store: ArtifactStore) -> None:
+    """Engines are compiled last, hours may lie before it, and most machines cannot do it: so it is asked first."""
+    for target in plan.spec.targets:
+        if isinstance(target, TensorRtLlmTarget) and any(
+            step.kind == "compile"
+            and step.target == target.name
+            and not step.params["location"]["engine_dir"]
+            and store.get(step.key) is None
+            for step in plan.steps
+        ):
+            require_compiler(target)
 
 
 def _extras_with(distribution: str) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -114,4 +114,65 @@ def _table(rehearsal: Rehearsal) -> Table:
     return table
 
 
-VERBS = (rehearse,)
+@click.command("trtllm-command")
+@SPEC_ARGUMENT
+@VARIANTS_OPTION
+@TARGETS_OPTION
+@click.option(
+    "--engine-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    required=True,
+    help="Where the engines will be written.",
+)
+@click.option("--gpus", default="all", show_default=True, help="What docker gives to the container.")
+@JSON_OPTION
+@click.pass_obj
+def trtllm_command(
+    store_root: Path,
+    spec: Path,
+    variants: tuple[str, ...],
+    targets: tuple[str, ...],
+    *,
+    engine_dir: Path,
+    gpus: str,
+    as_json: bool,
+) -> None:
+    """Print the shell script that compiles one deployment's engines in NVIDIA's container.
+
+    The sharded checkpoint is made first, here, if the store has none. Run the script where the GPU is and both
+    directories are; then give DIR to `enginesmith build --engine-dir`.
+
+    \b
+    Examples:
+      enginesmith trtllm-command models/smollm2-135m-trtllm.yaml --target tp3 --engine-dir /srv/engines > compile.sh
+      enginesmith build models/smollm2-135m-trtllm.yaml --target tp3 --engine-dir /srv/engines --publish /srv/models
+    """
+    from enginesmith.cli_build import Choice, build_shown, make_plan_of, open_store
+    from enginesmith.engines.tensorrt_llm.compile import plain_arguments
+    from enginesmith.engines.tensorrt_llm.toolchain import container_script
+    from enginesmith.platforms import TOOLCHAINS
+
+    store, engine_dir = open_store(store_root), engine_dir.absolute()
+    choice = Choice(variants, targets, engine_dir=engine_dir)
+    whole = make_plan_of(spec, store, choice)
+    compile_ = next(step for step in whole.steps if step.kind == "compile")
+    made = make_plan_of(spec, store, replace(choice, engine_dir=None, goals=frozenset({"convert"})))
+    artifacts = build_shown([made], store, jobs=1, keep_going=False).artifacts
+    converted = artifacts[compile_.inputs["converted"]].path.absolute()
+    arguments = plain_arguments(compile_.params, converted, engine_dir)
+    toolchain = TOOLCHAINS[compile_.params["target"]["toolchain"]]
+    if as_json:
+        print_json(
+            {"image": toolchain.image, "command": ["trtllm-build", *arguments], "checkpoint_dir": converted}
+        )
+        return
+    click.echo(
+        container_script(
+            arguments, toolchain=toolchain, checkpoint_dir=converted, engine_dir=engine_dir, gpus=gpus
+        ),
+        nl=False,
+    )
+
+
+VERBS = (rehearse, trtllm_command)
