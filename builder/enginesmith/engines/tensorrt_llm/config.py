@@ -13,7 +13,7 @@ from enginesmith.engines.tensorrt_llm.decoder import Decoder, Experts
 from enginesmith.engines.tensorrt_llm.mapping import Mapping
 from enginesmith.engines.tensorrt_llm.plan import ConversionPlan
 from enginesmith.engines.tensorrt_llm.quantization import Quantization
-from enginesmith.errors import SpecError
+from enginesmith.errors import SourceError, SpecError
 
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 DEFAULT_EXCLUSIONS = (
@@ -23,6 +23,7 @@ DEFAULT_EXCLUSIONS = (
     "*position_embedding",
     "*block_embedding",
     "*shared_expert_gate",
+    "*fused_a",
 )
 """What TensorRT-LLM excludes when no list is given. A list replaces them, so ours begins with them."""
 
@@ -106,6 +107,15 @@ def _exclusions(quantization: Quantization, decoder: Decoder, mapping: Mapping) 
             for module, source in _modules(decoder, layer):
                 name = f"transformer.layers.{local}.{module}"
                 (excluded if quantization.of(source) == "none" else kept)[name] = layer
+    if (
+        decoder.experts is not None
+        and decoder.experts.shared_intermediate
+        and any(name.endswith(".mlp") for name in excluded)
+    ):
+        raise SourceError(
+            f"TensorRT-LLM cannot leave the experts of {decoder.architecture} in 16 bits while the rest is quantized",
+            hint="quantize the experts as well, or nothing",
+        )
     clash = next((name for name in sorted(excluded) if name in kept), None)
     if clash is not None:
         raise SpecError(

@@ -7,11 +7,11 @@ models, with ``config.json`` of either transformers generation. Knows nothing of
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from enginesmith.checkpoints.tensors import CONFIG_FILE
+from enginesmith.checkpoints.tensors import CONFIG_FILE, CheckpointTensors
 from enginesmith.checkpoints.validate import architecture_of, dimensions_of
 from enginesmith.errors import SourceError
 
@@ -154,6 +154,25 @@ class Decoder:
             Module(f"{base}.up_proj", size, self.hidden, bias),
             Module(f"{base}.down_proj", self.hidden, size, bias),
         )
+
+
+def decoder_of(tensors: CheckpointTensors) -> Decoder:
+    """The decoder of a checkpoint: as its ``config.json`` says, with the names that its experts have.
+
+    Mixtral's experts are ``block_sparse_moe.experts.N.w1`` on the hub; transformers 5 calls them
+    ``mlp.experts.N.gate_proj`` in memory, and so do checkpoints that were exported from there.
+
+    Raises:
+        SourceError: as ``decoder_from_config``.
+    """
+    decoder = decoder_from_config(tensors.config, tensors.directory)
+    if decoder.architecture != "MixtralForCausalLM" or decoder.experts is None:
+        return decoder
+    if f"{decoder.expert(0, 0)[0].name}.weight" in tensors:
+        return decoder
+    experts = replace(decoder.experts, prefix="mlp", gate="gate_proj", up="up_proj", down="down_proj")
+    renamed = replace(decoder, experts=experts)
+    return renamed if f"{renamed.expert(0, 0)[0].name}.weight" in tensors else decoder
 
 
 def decoder_from_config(config: Mapping[str, Any], path: Path) -> Decoder:

@@ -54,6 +54,8 @@ class Target:
     """Rows of zeros below the parts."""
     experts: int = 0
     """How many experts are stacked along a leading dimension; 0 for a plain layer."""
+    fused_with: tuple[str, ...] = ()
+    """Source layers of another target that trtllm-build fuses with this one: in FP8 they have one scale."""
 
     @property
     def rows(self) -> int:
@@ -71,8 +73,9 @@ class Target:
         return (self.experts,) if self.experts else ()
 
     def tensors(self, suffix: str) -> tuple[str, ...]:
-        """The names of one kind of tensor of all parts, each source layer once."""
-        return tuple(dict.fromkeys(part.tensor(suffix) for part in self.parts))
+        """The names of one kind of tensor of all parts and of what is fused with them, each source layer once."""
+        fused = (f"{name}.{suffix}" for name in self.fused_with)
+        return tuple(dict.fromkeys((*(part.tensor(suffix) for part in self.parts), *fused)))
 
     def of_expert(self, number: int) -> tuple[Part, ...]:
         """The parts of one expert, counted on this rank."""
@@ -96,8 +99,8 @@ def linear_tensors(target: Target, algorithm: Algorithm, context: Context) -> It
     Raises:
         SourceError: scales are missing or of the wrong shape, or layers cannot share a target.
     """
-    for name in target.tensors("weight"):
-        check_scales(name.removesuffix(".weight"), target, algorithm, context)
+    for module in dict.fromkeys(part.module for part in target.parts):
+        _check_scales(module, algorithm, context)
     yield from _WRITERS[algorithm](target, context)
     if target.parts[0].module.bias:
         yield _bias(target, context)
@@ -130,11 +133,10 @@ def _state(algorithm: Algorithm) -> str:
     return "not quantized" if algorithm == "none" else f"quantized ({algorithm})"
 
 
-def check_scales(module: str, target: Target, algorithm: Algorithm, context: Context) -> None:
+def _check_scales(module: Module, algorithm: Algorithm, context: Context) -> None:
     """Raise a SourceError unless ``module`` has the scales that ``algorithm`` needs, in the right shapes."""
-    source = next(part.module for part in target.parts if part.module.name == module)
-    for suffix, shapes in scale_shapes(source, algorithm, context.group_size).items():
-        name = f"{module}.{suffix}"
+    for suffix, shapes in _scale_shapes(module, algorithm, context.group_size).items():
+        name = f"{module.name}.{suffix}"
         if suffix == "pre_quant_scale" and name not in context.tensors:
             continue  # Folded into the norm in front of the layer.
         entry = context.tensors.entry(name)
@@ -150,7 +152,7 @@ def check_scales(module: str, target: Target, algorithm: Algorithm, context: Con
 _SCALAR: tuple[tuple[int, ...], ...] = ((), (1,))
 
 
-def scale_shapes(
+def _scale_shapes(
     module: Module, algorithm: Algorithm, group_size: int
 ) -> Mapping[str, tuple[tuple[int, ...], ...]]:
     """The shapes that each scale tensor of a layer may have, by its last name."""
@@ -212,11 +214,12 @@ def _fp8(target: Target, _: Context) -> Iterator[RankTensor]:
     pieces: list[Piece] = []
     scales: list[Piece] = []
     for parts in groups:
-        own = tuple(part.tensor("weight_scale") for part in parts)
+        shared = tuple(part.tensor("weight_scale") for part in parts)
+        shared += tuple(f"{name}.weight_scale" for name in target.fused_with)
         for part in parts:
-            recode = Rescale(part.tensor("weight_scale"), own) if len(set(own)) > 1 else None
+            recode = Rescale(part.tensor("weight_scale"), shared) if len(shared) > 1 else None
             pieces.append(Rectangle(part.tensor("weight"), part.rows, part.columns, recode))
-        scales.append(Largest(own))
+        scales.append(Largest(shared))
     yield _tensor(target, "weight", "F8_E4M3", (target.rows, target.columns), pieces)
     yield RankTensor(f"{target.name}.weights_scaling_factor", "F32", (*target.lead, 1), tuple(scales))
     yield _scalar(target, "activation_scaling_factor", "input_scale")

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from enginesmith.checkpoints.tensors import NUMPY_DTYPES, CheckpointTensors
-from enginesmith.engines.tensorrt_llm.decoder import Decoder, Module, decoder_from_config
+from enginesmith.engines.tensorrt_llm.decoder import Decoder, Module, decoder_of
 from enginesmith.engines.tensorrt_llm.inventory import check_inventory
 from enginesmith.engines.tensorrt_llm.layout import Cast, Fill, Largest, Piece, RankTensor, Rectangle
 from enginesmith.engines.tensorrt_llm.linears import (
@@ -52,13 +52,13 @@ def plan_conversion(tensors: CheckpointTensors, mapping: Mapping) -> ConversionP
         SourceError: the checkpoint is not one that TensorRT-LLM can run, or tensors are missing, left over or misshapen.
         SpecError: the mapping does not divide the model.
     """
-    decoder = decoder_from_config(tensors.config, tensors.directory)
+    decoder = decoder_of(tensors)
     check_inventory(tensors, decoder)
     quantization = quantization_of(tensors, decoder)
     check_splits(decoder, quantization, mapping)
     dtype = tensors.dtype("model.embed_tokens.weight")
     context = Context(tensors, dtype, quantization.group_size)
-    targets = [list(_targets(decoder, rank)) for rank in mapping.ranks()]
+    targets = [list(_targets(decoder, quantization, rank)) for rank in mapping.ranks()]
     shared = {
         group for of_rank in targets for target in of_rank for group in _shared(target, quantization, context)
     }
@@ -75,15 +75,16 @@ def plan_conversion(tensors: CheckpointTensors, mapping: Mapping) -> ConversionP
     return ConversionPlan(decoder, quantization, mapping, dtype, tuple(ranks), frozenset(shared))
 
 
-def _targets(decoder: Decoder, rank: Rank) -> Iterator[Target]:
+def _targets(decoder: Decoder, quantization: Quantization, rank: Rank) -> Iterator[Target]:
     """The linear layers of one rank."""
     for local, layer in enumerate(rank.mapping.stage_layers(rank.stage, decoder.layers)):
         base = f"transformer.layers.{local}"
         yield from _attention(decoder, rank, f"{base}.attention", layer=layer)
         if decoder.experts is None:
             gate, up, down = decoder.mlp(layer)
-            yield Target(f"{base}.mlp.fc", (_by_rows(gate, rank),))
-            yield Target(f"{base}.mlp.gate", (_by_rows(up, rank),))
+            alike = quantization.of(gate.name) == quantization.of(up.name) == "FP8"
+            yield Target(f"{base}.mlp.fc", (_by_rows(gate, rank),), fused_with=(up.name,) if alike else ())
+            yield Target(f"{base}.mlp.gate", (_by_rows(up, rank),), fused_with=(gate.name,) if alike else ())
             yield Target(f"{base}.mlp.proj", (_by_columns(down, rank),))
         else:
             yield from _experts(decoder, rank, f"{base}.mlp", layer=layer)

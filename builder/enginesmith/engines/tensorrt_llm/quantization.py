@@ -70,10 +70,12 @@ def quantization_of(tensors: CheckpointTensors, decoder: Decoder) -> Quantizatio
             f"supported for {decoder.architecture}: {', '.join(_EXPERT_ALGORITHMS)}",
             hint="choose another scheme",
         )
+    kv_algorithm = _kv_algorithm(tensors, described)
+    _check_kv_scales(tensors, kv_algorithm)
     group_size = described.get("group_size") or 0
     quantization = Quantization(
         algorithm=algorithm,
-        kv_algorithm=_kv_algorithm(tensors, described),
+        kv_algorithm=kv_algorithm,
         group_size=int(group_size) if algorithm in ("W4A16_AWQ", "W4A8_AWQ") else 0,
         excluded=_excluded(tensors, decoder, algorithm, patterns=_patterns(described)),
     )
@@ -135,6 +137,15 @@ def _kv_algorithm(tensors: CheckpointTensors, described: Mapping[str, Any]) -> L
     )
 
 
+def _check_kv_scales(tensors: CheckpointTensors, kv_algorithm: str | None) -> None:
+    scale = next((name for name in tensors.names() if name.endswith((".k_scale", ".v_scale"))), None)
+    if kv_algorithm is None and scale is not None:
+        raise SourceError(
+            f"{tensors.entry(scale).file} holds {scale}, but {_description_file(tensors)} gives no kv_cache_quant_algo",
+            hint="the description and the weights belong to different checkpoints",
+        )
+
+
 def _patterns(described: Mapping[str, Any]) -> Sequence[str]:
     patterns = described.get("exclude_modules", described.get("ignore")) or []
     return [str(pattern) for pattern in patterns]
@@ -184,9 +195,14 @@ def _is_plain(tensors: CheckpointTensors, module: Module, algorithm: Algorithm) 
 def _check_agreement(
     tensors: CheckpointTensors, module: Module, algorithm: Algorithm, *, plain: bool, pattern: str | None
 ) -> None:
+    entry = tensors.entry(f"{module.name}.weight")
+    if plain and f"{module.name}.weight_scale" in tensors:
+        raise SourceError(
+            f"{entry.file}: {module.name} is stored as {entry.dtype}, not quantized, but has a weight_scale",
+            hint="quantize the checkpoint again, or fetch it again if it came quantized",
+        )
     if algorithm == "none":
         return
-    entry = tensors.entry(f"{module.name}.weight")
     if plain and pattern is None:
         raise SourceError(
             f"{entry.file}: {module.name} is stored as {entry.dtype}, not quantized, but {_description_file(tensors)} "

@@ -15,7 +15,7 @@ import shutil
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -210,7 +210,7 @@ class _Writer:
         self._progress = progress
         self._done = 0
         self._lock = threading.Lock()
-        self._failed = threading.Event()
+        self._stopped = threading.Event()
         self._ranks = [_opened(files, path, os.O_RDWR | os.O_CREAT | os.O_TRUNC) for path in paths]
         self._sources: Mapping[Path, int] = {path: _opened_source(files, path) for path in tensors.files()}
 
@@ -221,14 +221,14 @@ class _Writer:
 
     def run(self, moves: Iterable[_Move], *, workers: int) -> None:
         """Carry out ``moves``, in order but for what ``workers`` do at the same time. The first failure ends it."""
-        with ThreadPoolExecutor(max_workers=max(1, workers)) as pool:
+        with ThreadPoolExecutor(max_workers=workers) as pool:
             queue = iter(moves)
             taking = threading.Lock()
-            running = [pool.submit(self._work, queue, taking) for _ in range(max(1, workers))]
-            wait(running, return_when=FIRST_EXCEPTION)
-            self._failed.set() if any(job.done() and job.exception() for job in running) else None
-            for job in running:
-                job.result()
+            try:
+                for job in as_completed(pool.submit(self._work, queue, taking) for _ in range(workers)):
+                    job.result()
+            finally:
+                self._stopped.set()  # After a failure or an interrupt the others end with their block.
 
     def write_numbers(self, numbers: Iterable[tuple[int, int, str, Fill | Largest]]) -> None:
         """Write what no source tensor holds."""
@@ -243,7 +243,7 @@ class _Writer:
             self._report(data.nbytes)
 
     def _work(self, queue: Iterator[_Move], taking: threading.Lock) -> None:
-        while not self._failed.is_set():
+        while not self._stopped.is_set():
             with taking:
                 move = next(queue, None)
             if move is None:
