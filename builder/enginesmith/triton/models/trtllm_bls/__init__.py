@@ -1,0 +1,1 @@
+"""One request through preprocessing, engine and postprocessing, with streams of whole characters."""

@@ -1,0 +1,1 @@
+"""Tokens to text behind a TensorRT-LLM engine."""

@@ -1,0 +1,1 @@
+"""Text to tokens in front of a TensorRT-LLM engine."""

@@ -1,0 +1,1 @@
+"""Plays the model tensorrt_llm on a CPU, behind its exact inputs and outputs."""

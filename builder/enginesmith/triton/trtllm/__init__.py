@@ -1,0 +1,1 @@
+"""TensorRT-LLM engines behind Triton: the five models, their rehearsal without a GPU, and their package."""
