@@ -1,0 +1,1 @@
+"""TensorRT-LLM's LLM API behind Triton: a checkpoint, ``model.yaml`` and a Python model; no engines."""
