@@ -9,7 +9,9 @@ models; ``enginesmith.verify.reference`` scores them.
 from __future__ import annotations
 
 import copy
+import re
 import warnings
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
@@ -42,6 +44,10 @@ _SCALE_SUFFIXES = (
     ".pre_quant_scale",
     ".k_scale",
     ".v_scale",
+)
+
+_EXPERT = re.compile(
+    r"(?P<experts>.*\.experts)\.(?P<expert>\d+)\.(?P<part>gate_proj|up_proj|down_proj|w[123])\.weight"
 )
 
 
@@ -203,22 +209,46 @@ def _copy_tensors(model: Any, tensors: CheckpointTensors, *, skip: Collection[st
     """Copy every stored tensor into the model, one at a time, but for scales and those named in ``skip``."""
     # remove_duplicate=False: a tied alias may be the name under which the checkpoint stores the tensor.
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    written = {id(parameters[name]) for name in skip if name in parameters}
+    written = Counter({id(parameters[name]): parameters[name].numel() for name in skip if name in parameters})
     for name in tensors.names():
         if name in skip or name.endswith(_SCALE_SUFFIXES) or name.endswith("rotary_emb.inv_freq"):
             continue
-        if name not in parameters or parameters[name].shape != tensors.shape(name):
-            expected = f"shape {list(parameters[name].shape)}" if name in parameters else "no such tensor"
+        parameter, place = _place_of(parameters, name)
+        if place is None or place.shape != tensors.shape(name):
+            expected = "no such tensor" if place is None else f"shape {list(place.shape)}"
             raise SourceError(
                 f"tensor {name} of {tensors.directory} has shape {list(tensors.shape(name))}; the architecture has {expected}"
             )
-        parameters[name].copy_(read_tensor(tensors, name))
-        written.add(id(parameters[name]))
-    missing = [name for name, parameter in parameters.items() if id(parameter) not in written]
+        place.copy_(read_tensor(tensors, name))
+        written[id(parameter)] += place.numel()
+    missing = [name for name, parameter in parameters.items() if written[id(parameter)] < parameter.numel()]
     if missing:
         raise SourceError(
             f"checkpoint {tensors.directory} lacks {len(missing)} tensors of its architecture, first {missing[0]}"
         )
+
+
+def _place_of(parameters: Mapping[str, Any], name: str) -> tuple[Any, Any]:
+    """The parameter that holds the stored tensor ``name``, and the part of it that does; None and None without one.
+
+    transformers 5 keeps all experts of a layer in two tensors, ``gate_up_proj`` and ``down_proj``, and calls
+    Mixtral's block ``mlp``; checkpoints store them as transformers 4 named them, one by one.
+    """
+    name = name.replace(".block_sparse_moe.", ".mlp.")
+    if name in parameters:
+        return parameters[name], parameters[name]
+    match = _EXPERT.fullmatch(name)
+    if match is None:
+        return None, None
+    down = match["part"] in ("down_proj", "w2")
+    container = parameters.get(f"{match['experts']}.{'down_proj' if down else 'gate_up_proj'}")
+    expert = int(match["expert"])
+    if container is None or expert >= len(container):
+        return None, None
+    if down:
+        return container, container[expert]
+    gate, up = container[expert].chunk(2)
+    return container, gate if match["part"] in ("gate_proj", "w1") else up
 
 
 def _scheme_of(tensors: CheckpointTensors) -> Scheme:

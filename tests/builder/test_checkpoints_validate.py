@@ -143,3 +143,36 @@ def test_quantized_weights_are_legal_beside_modelopts_description_only(tmp_path:
         SourceError, match=r"allowed: BF16, F16, F32\n.*hf_quant_config\.json must be beside it"
     ):
         validate_checkpoint(directory)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "name"),
+    [
+        ("MixtralForCausalLM", "model.layers.1.block_sparse_moe.experts.3.w2.weight"),
+        ("Qwen2MoeForCausalLM", "model.layers.1.mlp.shared_expert_gate.weight"),
+        ("Qwen3MoeForCausalLM", "model.layers.0.mlp.experts.0.up_proj.weight"),
+        ("Qwen3MoeForCausalLM", "model.layers.0.mlp.gate.weight"),
+    ],
+)
+def test_a_missing_part_of_an_expert_is_named(architecture: Any, name: str, tmp_path: Path) -> None:
+    directory = tiny_checkpoint(tmp_path, architecture=architecture)
+    edit_tensors(directory, lambda tensors: tensors.pop(name))
+    with pytest.raises(SourceError, match=name.replace(".", r"\.")):
+        validate_checkpoint(directory)
+
+
+def test_more_experts_than_the_config_says_are_refused(tmp_path: Path) -> None:
+    directory = tiny_checkpoint(tmp_path, architecture="MixtralForCausalLM")
+    edit_config(directory, num_local_experts=3)
+    with pytest.raises(
+        SourceError, match=r"gate\.weight.*has shape \[4, 64\]|experts\.3\..*does not call for"
+    ):
+        validate_checkpoint(directory)
+
+
+def test_layers_that_are_dense_among_sparse_ones_are_expected_dense(tmp_path: Path) -> None:
+    directory = tiny_checkpoint(tmp_path, architecture="Qwen2MoeForCausalLM", mlp_only_layers=[0])
+    validate_checkpoint(directory)
+    edit_config(directory, mlp_only_layers=[1])
+    with pytest.raises(SourceError, match=r"model\.layers\.[01]\.mlp\."):
+        validate_checkpoint(directory)

@@ -15,6 +15,7 @@ import torch
 from checkpoint_factory import tiny_checkpoint, write_tokenizer
 
 from enginesmith.checkpoints.tensors import CheckpointTensors
+from enginesmith.checkpoints.validate import MOE_ARCHITECTURES
 from enginesmith.corpora import load_documents, token_windows
 from enginesmith.errors import GateError, SpecError, ToolchainError
 from enginesmith.quantize import run
@@ -201,6 +202,43 @@ def test_weight_only_quantization_reads_no_corpus(llama: Path, tmp_path: Path) -
 def test_a_recipe_that_does_not_fit_the_model_is_refused(llama: Path, recipe: Recipe, said: str) -> None:
     with pytest.raises(SpecError, match=said):
         choose_layers(load_model(llama), recipe)
+
+
+@pytest.mark.parametrize("architecture", MOE_ARCHITECTURES)
+def test_a_mixture_of_experts_is_refused_rather_than_quantized_in_part(
+    tmp_path: Path, architecture: Any
+) -> None:
+    model = load_model(tiny_checkpoint(tmp_path, architecture=architecture))
+    with pytest.raises(SpecError, match=r"experts would stay unquantized\n.*use scheme none"):
+        choose_layers(model, Recipe(SCHEMES["fp8"]))
+
+
+def test_layers_that_tensorrt_llm_fuses_share_the_fp8_range_of_their_int4_weights(llama: Path) -> None:
+    model, _ = snapped(llama, RECIPES["w4a8_awq"])
+    for group in (
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        ("mlp.gate_proj", "mlp.up_proj"),
+    ):
+        ranges = {model.model.layers[1].get_submodule(name).weight_quantizer[1].amax.item() for name in group}
+        assert len(ranges) == 1
+
+
+@pytest.mark.parametrize("scheme", ["int8_sq", "int8_wo", "int4_awq"])
+def test_an_int8_cache_is_described_as_modelopt_describes_an_fp8_one(
+    llama: Path, tmp_path: Path, scheme: str
+) -> None:
+    run(Context({**PARAMS, "scheme": scheme, "kv_cache": "int8"}, {"checkpoint": llama}, tmp_path))
+    tensors = CheckpointTensors(tmp_path)
+    assert tensors.quantization is not None
+    assert tensors.quantization["kv_cache_quant_algo"] == "INT8"
+    assert tensors.quantization["quant_algo"] == SCHEMES[scheme].quant_algo
+    section = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert section["kv_cache_scheme"] == {"dynamic": False, "num_bits": 8, "type": "int"}
+    for layer in (0, 1):
+        for part in "kv":
+            name = f"model.layers.{layer}.self_attn.{part}_proj.{part}_scale"
+            assert (tensors.dtype(name), tensors.shape(name)) == ("F32", ())
+            assert 0 < float(tensors.read(name)) < 1
 
 
 def test_a_tied_head_cannot_be_quantized(tmp_path: Path) -> None:

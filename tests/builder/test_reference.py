@@ -204,11 +204,11 @@ def test_unpacked_integers_are_what_modelopt_packed() -> None:
     [
         (
             {"quant_algo": "NVFP4"},
-            r"quant_algo 'NVFP4'; supported: W8A8_SQ_PER_CHANNEL, W8A16, W4A16_AWQ, FP8",
+            r"quant_algo 'NVFP4'; supported: W8A8_SQ_PER_CHANNEL, W8A16, W4A16_AWQ, W4A8_AWQ, FP8",
         ),
         (
             {"quant_algo": "FP8", "kv_cache_quant_algo": "NVFP4"},
-            r"kv_cache_quant_algo 'NVFP4'; supported: FP8, none",
+            r"kv_cache_quant_algo 'NVFP4'; supported: FP8, INT8, none",
         ),
     ],
 )

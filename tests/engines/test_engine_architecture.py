@@ -39,8 +39,10 @@ def test_sizes_that_follow_from_others() -> None:
 
 
 def test_head_dim_left_out_is_128_for_qwen3_only() -> None:
+    moe = {"num_experts": 4, "num_experts_per_tok": 2}
     sizes = {
-        name: architecture_from_config(with_keys(architectures=[name])).head_dim for name in ARCHITECTURES
+        name: architecture_from_config(with_keys(architectures=[name], **moe)).head_dim
+        for name in ARCHITECTURES
     }
     assert sizes == {name: 128 if name == "Qwen3ForCausalLM" else 16 for name in ARCHITECTURES}
 
@@ -148,3 +150,26 @@ def test_every_rope_type_that_is_offered_is_compared_with_transformers() -> None
 def test_config_that_cannot_be_lowered_is_one_clear_error(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(SourceError, match=message):
         architecture_from_config(with_keys(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "sparse", "renormalize"),
+    [
+        ({"architectures": ["MixtralForCausalLM"]}, {0, 1, 2}, True),
+        ({"architectures": ["Qwen2MoeForCausalLM"]}, {0, 1, 2}, False),
+        ({"architectures": ["Qwen2MoeForCausalLM"], "mlp_only_layers": [1], "norm_topk_prob": True}, {0, 2}, True),
+        ({"architectures": ["Qwen3MoeForCausalLM"], "decoder_sparse_step": 2}, {1}, False),
+    ],
+)  # fmt: skip
+def test_experts_are_where_the_config_has_them(
+    changes: dict[str, Any], sparse: set[int], renormalize: bool
+) -> None:
+    keys = {"num_local_experts": 4, "num_experts_per_tok": 2, **changes}
+    moe = architecture_from_config(with_keys(**keys)).moe
+    assert moe is not None
+    assert (moe.experts, moe.experts_per_token) == (4, 2)
+    assert (set(moe.sparse_layers), moe.renormalize) == (sparse, renormalize)
+
+
+def test_dense_models_have_no_experts() -> None:
+    assert architecture_from_config(LLAMA).moe is None

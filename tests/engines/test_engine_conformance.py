@@ -83,6 +83,22 @@ MODELS = {
         ),
     ),
     "qwen3": Model({"architecture": "Qwen3ForCausalLM", "head_dim": 32}),
+    "mixtral": Model({"architecture": "MixtralForCausalLM"}),
+    "mixtral_window": Model(
+        {"architecture": "MixtralForCausalLM", "sliding_window": 8, "experts_per_token": 3}
+    ),
+    "qwen2_moe": Model({"architecture": "Qwen2MoeForCausalLM"}),
+    "qwen2_moe_dense_first": Model(
+        {"architecture": "Qwen2MoeForCausalLM", "mlp_only_layers": [0], "norm_topk_prob": True}
+    ),
+    "qwen2_moe_window_below": Model(
+        {"architecture": "Qwen2MoeForCausalLM", "sliding_window": 8},
+        lambda checkpoint: edit_config(checkpoint, max_window_layers=1, layer_types=None),
+    ),
+    "qwen3_moe": Model({"architecture": "Qwen3MoeForCausalLM", "norm_topk_prob": True, "head_dim": 32}),
+    "qwen3_moe_sparse_second": Model(
+        {"architecture": "Qwen3MoeForCausalLM", "decoder_sparse_step": 2, "sliding_window": 8}
+    ),
     "qwen3_tied": Model({"architecture": "Qwen3ForCausalLM", "tied": True, "qkv_bias": True}),
 }
 
@@ -276,6 +292,10 @@ def value_scale(tensors: dict[str, Any]) -> None:
     tensors["model.layers.1.self_attn.v_proj.v_scale"] *= 0.25
 
 
+def second_scale(tensors: dict[str, Any]) -> None:
+    tensors[f"{LAYER}.weight_scale_2"] *= 0.5  # Clips the largest weights.
+
+
 MUTATIONS: list[tuple[str, Callable[[dict[str, Any]], None]]] = [
     ("int8_sq", scale_of_one_row),
     ("int8_sq", input_scale),
@@ -292,7 +312,35 @@ MUTATIONS: list[tuple[str, Callable[[dict[str, Any]], None]]] = [
     ("fp8", input_scale),
     ("fp8", one_weight),
     ("fp8-kvfp8", value_scale),
+    ("int8_wo-kvint8", value_scale),
+    ("w4a8_awq", second_scale),
+    ("w4a8_awq", scale_of_one_group),
+    ("w4a8_awq", input_scale),
+    ("w4a8_awq", smoothing_of_one_channel),
+    ("w4a8_awq", rows_of_a_pair_swapped),
 ]
+
+
+def experts_exchanged(tensors: dict[str, Any]) -> None:
+    names = [f"model.layers.1.block_sparse_moe.experts.{expert}.w2.weight" for expert in (1, 2)]
+    tensors[names[0]], tensors[names[1]] = tensors[names[1]], tensors[names[0]]
+
+
+def router_row(tensors: dict[str, Any]) -> None:
+    tensors["model.layers.0.block_sparse_moe.gate.weight"][2] *= 1.5
+
+
+@pytest.mark.parametrize("mutation", [experts_exchanged, router_row])
+def test_comparison_notices_a_change_of_experts_or_router(
+    mutation: Callable[[dict[str, Any]], None], workshop: Workshop, tmp_path: Path
+) -> None:
+    checkpoint = workshop.checkpoint(Case("mixtral", "none"))
+    changed = shutil.copytree(checkpoint, tmp_path / "changed")
+    edit_tensors(changed, mutation)
+
+    seen = closeness(lowered(changed, tmp_path / "engine"), WINDOWS, workshop.reference(checkpoint))
+
+    assert not is_exact(seen, "none"), seen
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from enginesmith.engines.onnxruntime.linear import (
     Kind,
     Linear,
     LinearWriter,
+    fp8_from_int4,
     quantize_rows,
     read_linear,
     stack,
@@ -139,6 +140,20 @@ def test_fp8_equals_products_of_fp8_values(accuracy_level: int, tmp_path: Path) 
     np.testing.assert_allclose(
         seen, (codes * 0.25) @ (weight.astype(np.float32) * 0.5).T, rtol=1e-5, atol=1e-4
     )
+
+
+def test_int4_under_fp8_stands_for_the_rounded_fp8_value() -> None:
+    codes = np.arange(-8, 8, dtype=np.int8).reshape(1, 16)
+    scale, second = np.array([[0.5, 0.03]], np.float32), np.float32(0.01)
+
+    seen = fp8_from_int4(codes, scale, second).astype(np.float64) * second
+
+    exact = codes * np.repeat(scale, 8, axis=1).astype(np.float64)
+    clipped = np.clip(exact, -4.48, 4.48)  # 448 times the second scale.
+    assert np.abs(seen - clipped).max() <= 4.48 * 2**-4  # Half a step of three bits of mantissa.
+    assert np.all(np.abs(seen - clipped) <= np.abs(clipped) * 2**-4 + 1e-6)
+    assert seen[0, 0] == pytest.approx(-3.84)  # -400 lies between the FP8 values -384 and -416.
+    assert not np.array_equal(seen, exact)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from enginesmith.checkpoints.validate import MOE_ARCHITECTURES
 from enginesmith.errors import SpecError
 from enginesmith.schemes import SCHEMES, KvCacheName, Scheme
 from enginesmith.torch_models import linear_names
@@ -65,9 +66,10 @@ def choose_layers(model: Any, recipe: Recipe) -> list[str]:
     """The full names of the linear layers that ``recipe`` quantizes in ``model``, checked to be quantizable.
 
     Raises:
-        SpecError: an exclude glob matches no linear layer, nothing is left, the head is tied, the group size
+        SpecError: the model has experts, an exclude glob matches no linear layer, nothing is left, the head is tied, the group size
             does not divide a layer's input, or AWQ would leave out part of a group that shares a norm.
     """
+    _check_dense(model)
     linears = linear_names(model)
     head = "lm_head"
     excluded = set() if recipe.quantize_lm_head else {head}
@@ -93,6 +95,16 @@ def choose_layers(model: Any, recipe: Recipe) -> list[str]:
         _check_group_size(model, layers, recipe.group_size)
         _check_shared_norms(model, layers)
     return layers
+
+
+def _check_dense(model: Any) -> None:
+    """ModelOpt 0.47 finds no linear layers in the experts of transformers 5, which are two tensors for all of them."""
+    architecture = type(model).__name__
+    if architecture in MOE_ARCHITECTURES:
+        raise SpecError(
+            f"{architecture} cannot be quantized here: its experts would stay unquantized",
+            hint="use scheme none, or a checkpoint that was quantized with ModelOpt elsewhere",
+        )
 
 
 def layers_after_norms(model: Any) -> dict[str, list[str]]:

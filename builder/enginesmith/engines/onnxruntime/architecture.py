@@ -12,6 +12,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from enginesmith.checkpoints.validate import (
+    MOE_ARCHITECTURES,
+    QK_NORM_ARCHITECTURES,
+    sparse_layers,
+)
 from enginesmith.errors import SourceError
 from enginesmith.platforms import ARCHITECTURES
 
@@ -64,6 +69,18 @@ class Rope:
 
 
 @dataclass(frozen=True)
+class MixtureOfExperts:
+    """How the layers in ``sparse_layers`` choose among their experts."""
+
+    experts: int
+    experts_per_token: int
+    renormalize: bool
+    """Whether the weights of the chosen experts are scaled to add up to one."""
+    shared_expert: bool
+    sparse_layers: frozenset[int]
+
+
+@dataclass(frozen=True)
 class Architecture:
     """The shape of one decoder-only model."""
 
@@ -82,6 +99,7 @@ class Architecture:
     qk_norm: bool
     windows: tuple[int | None, ...]
     """Sliding attention window of each layer in tokens, the token itself included; None for full attention."""
+    moe: MixtureOfExperts | None = None
 
 
 def architecture_from_config(config: Mapping[str, Any]) -> Architecture:
@@ -115,8 +133,9 @@ def architecture_from_config(config: Mapping[str, Any]) -> Architecture:
             max_positions=int(config["max_position_embeddings"]),
             rope=_rope(config),
             tied_embeddings=bool(config.get("tie_word_embeddings", False)),
-            qk_norm=name == "Qwen3ForCausalLM",
+            qk_norm=name in QK_NORM_ARCHITECTURES,
             windows=_windows(name, config),
+            moe=_mixture_of_experts(name, config),
         )
     except KeyError as error:
         raise SourceError(f"config.json of {name} lacks the key {error}", hint=_CONFIG_HINT) from error
@@ -127,9 +146,25 @@ def architecture_from_config(config: Mapping[str, Any]) -> Architecture:
 
 
 def _head_dim(name: str, config: Mapping[str, Any]) -> int:
-    # Qwen3 is the one of the four whose default does not follow from the other sizes.
+    # Qwen3 is the one whose default does not follow from the other sizes.
     default = 128 if name == "Qwen3ForCausalLM" else config["hidden_size"] // config["num_attention_heads"]
     return int(config.get("head_dim") or default)
+
+
+def _mixture_of_experts(name: str, config: Mapping[str, Any]) -> MixtureOfExperts | None:
+    if name not in MOE_ARCHITECTURES:
+        return None
+    mixtral = name == "MixtralForCausalLM"
+    # transformers 5 writes num_local_experts for Qwen3-MoE, transformers 4 wrote num_experts.
+    experts = config["num_experts"] if "num_experts" in config else config["num_local_experts"]
+    layers = int(config["num_hidden_layers"])
+    return MixtureOfExperts(
+        experts=int(experts),
+        experts_per_token=int(config["num_experts_per_tok"]),
+        renormalize=mixtral or bool(config.get("norm_topk_prob", False)),
+        shared_expert=name == "Qwen2MoeForCausalLM",
+        sparse_layers=frozenset(range(layers)) if mixtral else sparse_layers(config, layers),
+    )
 
 
 def _rope(config: Mapping[str, Any]) -> Rope:
@@ -150,11 +185,21 @@ def _rope(config: Mapping[str, Any]) -> Rope:
 
 def _windows(name: str, config: Mapping[str, Any]) -> tuple[int | None, ...]:
     layers = int(config["num_hidden_layers"])
-    window = config.get("sliding_window", 4096)  # transformers' default; null switches the window off
-    if window is None or (name != "MistralForCausalLM" and not config.get("use_sliding_window", False)):
+    # transformers' default; null switches the window off. Mixtral's default is none.
+    window = config.get("sliding_window", None if name == "MixtralForCausalLM" else 4096)
+    always = name in ("MistralForCausalLM", "MixtralForCausalLM")
+    if window is None or not (always or config.get("use_sliding_window", False)):
         return (None,) * layers
     kinds = config.get("layer_types")
+    if always or name == "Qwen3MoeForCausalLM":
+        kinds = kinds or ["sliding_attention"] * layers
     if kinds is None:
-        first = 0 if name == "MistralForCausalLM" else int(config.get("max_window_layers", 28))
-        kinds = ["sliding_attention" if layer >= first else "full_attention" for layer in range(layers)]
+        first = int(config.get("max_window_layers", 28))
+        alternating = (
+            name == "Qwen2MoeForCausalLM"
+        )  # Every other layer below the bound, where Qwen2 has all above.
+        slides = [
+            layer % 2 == 0 and layer < first if alternating else layer >= first for layer in range(layers)
+        ]
+        kinds = ["sliding_attention" if slide else "full_attention" for slide in slides]
     return tuple(int(window) if kind == "sliding_attention" else None for kind in kinds)

@@ -28,6 +28,7 @@ from onnx import TensorProto
 
 from enginesmith.checkpoints.tensors import CheckpointTensors
 from enginesmith.engines.onnxruntime.architecture import Architecture
+from enginesmith.engines.onnxruntime.experts import FeedForwardWriter
 from enginesmith.engines.onnxruntime.graph import MICROSOFT, Array, Graph
 from enginesmith.engines.onnxruntime.linear import (
     Linear,
@@ -68,6 +69,7 @@ class DecoderWriter:
         self._shape = architecture
         self._numerics = numerics
         self._linear = LinearWriter(graph, numerics.accuracy_level)
+        self._feed_forward = FeedForwardWriter(graph, tensors, architecture, self._linear)
         self._quantized_cache = any(name.endswith(".k_scale") for name in tensors.names())
         self._int8_cache = (tensors.quantization or {}).get("kv_cache_quant_algo") == "INT8"
 
@@ -98,7 +100,7 @@ class DecoderWriter:
         hidden, normed = self._add_and_norm(f"{name}.input_layernorm", hidden, delta)
         attended = self._attention(layer, normed)
         hidden, normed = self._add_and_norm(f"{name}.post_attention_layernorm", hidden, attended)
-        return hidden, self._mlp(f"{name}.mlp", normed)
+        return hidden, self._feed_forward.write(layer, normed)
 
     def write_head(self, hidden: str, delta: str) -> None:
         """The final norm, the selection of positions and the output head."""
@@ -256,17 +258,6 @@ class DecoderWriter:
         """``value`` rounded to INT8 or FP8 as the cache of the target runtime stores it."""
         scale = read_scalar_scale(self._tensors, scale_name)
         return self._linear.round_trip(value, scale, scale_name, int8=self._int8_cache)
-
-    def _mlp(self, name: str, value: str) -> str:
-        graph = self._graph
-        gate = self._linear.write(read_linear(self._tensors, f"{name}.gate_proj"), value, f"{name}.gate_proj")
-        up = self._linear.write(read_linear(self._tensors, f"{name}.up_proj"), value, f"{name}.up_proj")
-        sigmoid = graph.node("Sigmoid", [gate], f"{name}/sigmoid")
-        activated = graph.node("Mul", [gate, sigmoid], f"{name}/silu")
-        product = graph.node("Mul", [activated, up], f"{name}/product")
-        return self._linear.write(
-            read_linear(self._tensors, f"{name}.down_proj"), product, f"{name}.down_proj"
-        )
 
     def _read_float(self, name: str) -> npt.NDArray[np.float32]:
         return read_float(self._tensors, name).astype(np.float32)

@@ -45,6 +45,7 @@ _SCALES_HINT = "quantize the checkpoint again, or fetch it again if it came quan
 _ZERO_POINT_8 = 128
 _INT8_BOUND = 127.0
 _FP8_BOUND = 448.0
+_INT4_BOUND = 7.0
 
 
 @dataclass(frozen=True)
@@ -120,12 +121,16 @@ def fp8_from_int4(
 ) -> npt.NDArray[Any]:
     """The FP8 codes [N, K] of INT4 ``codes`` [N, K] under group scales [N, K / group] and one ``second`` scale.
 
-    In the order of ModelOpt's fake quantization, so that each value falls on the same side of a rounding boundary.
+    In the order of ModelOpt's fake quantization, so that each value falls on the same side of a rounding boundary:
+    it divides by ``7 / amax``, which is not the inverse of the scale to the last bit.
     """
-    values = codes * np.repeat(scale, codes.shape[1] // scale.shape[1], axis=1)
+    seven = np.float32(_INT4_BOUND)
+    steps_per_unit = np.divide(seven, scale * seven, out=np.ones_like(scale), where=scale > 0)
+    values = codes / np.repeat(steps_per_unit, codes.shape[1] // scale.shape[1], axis=1)
     bound = np.float32(_FP8_BOUND)
-    scaled = values * (bound / (second * bound))
-    return np.clip(scaled, -bound, bound).astype(ml_dtypes.float8_e4m3fn)
+    scaled = values * _factor_of(float(second), _FP8_BOUND)
+    rounded: npt.NDArray[Any] = np.clip(scaled, -bound, bound).astype(ml_dtypes.float8_e4m3fn)
+    return rounded
 
 
 def read_float(tensors: CheckpointTensors, name: str) -> Array:
@@ -387,7 +392,7 @@ class LinearWriter:
         if key not in self._quantized_inputs:
             divisor = scale
             if self._accuracy_level == 1:
-                factor = np.float32(bound) / (np.float32(scale) * np.float32(bound))
+                factor = _factor_of(scale, bound)
                 value = self._graph.node(
                     "Mul", [value, self._graph.scalar(float(factor), np.float32)], f"{name}/scaled_input"
                 )
@@ -409,6 +414,17 @@ def quantize_rows(weight: Array, block: int) -> tuple[npt.NDArray[np.uint8], npt
     scales = np.maximum(np.abs(grouped).max(axis=2), np.finfo(np.float32).tiny) / 127
     codes = np.rint(grouped / scales[:, :, None]) + _ZERO_POINT_8
     return codes.astype(np.uint8).reshape(rows, -1), scales.astype(np.float32)
+
+
+def _factor_of(scale: float, bound: float) -> np.float32:
+    """What ModelOpt multiplies a value by before it rounds to codes up to ``bound``: ``bound / amax``, to the last bit.
+
+    Its FP8 code divides a Python number by a tensor, which PyTorch computes as the reciprocal times the number.
+    """
+    amax = np.float32(scale) * np.float32(bound)
+    if bound == _FP8_BOUND:
+        return np.float32(np.float32(1) / amax * np.float32(bound))
+    return np.float32(np.float32(bound) / amax)
 
 
 def _padded(codes: Array, columns: int, fill: int) -> Array:
