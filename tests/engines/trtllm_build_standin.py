@@ -166,9 +166,9 @@ def refuse(args: argparse.Namespace, config: dict[str, Any], plugins: dict[str, 
             raise RuntimeError("INT8/INT4 quantization is not supported on SM>=100.")
         if algo and algo.startswith("W8A8_SQ"):
             raise RuntimeError("SmoothQuant is not supported on SM>=100.")
-    if plugins["gemm_swiglu_plugin"] or plugins["low_latency_gemm_swiglu_plugin"]:
-        if not plugins["use_fused_mlp"]:
-            raise RuntimeError("GemmSwiGLU plugin requires --use_fused_mlp flag")
+    swiglu = plugins["gemm_swiglu_plugin"] or plugins["low_latency_gemm_swiglu_plugin"]
+    if swiglu and not plugins["use_fused_mlp"]:
+        raise RuntimeError("GemmSwiGLU plugin requires --use_fused_mlp flag")
     if args.fast_build and algo in ("W8A16", "W4A16_AWQ") and config.get("disable_weight_only_quant_plugin"):
         raise RuntimeError("Manage weights of weight only quant works only with plugin currently.")
 

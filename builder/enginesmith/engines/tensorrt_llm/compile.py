@@ -162,18 +162,18 @@ def _run_compiler(
     """Run it to its end; its log goes to this step's log as it comes."""
     command = [str(compiler.executable), *arguments]
     print("$ " + " ".join(command), flush=True)  # noqa: T201 - a step's stdout is its log.
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-    )
     tail: deque[str] = deque(maxlen=_TAIL_LINES)
-    try:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    ) as process:
         assert process.stdout is not None, "it was asked for"
-        _follow(process.stdout, tail, context=context, progress=BuildProgress(world_size), compiler=compiler)
-        status = process.wait()
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
+        try:
+            progress = BuildProgress(world_size)
+            _follow(process.stdout, tail, context=context, progress=progress, compiler=compiler)
+        except BaseException:
+            process.kill()  # Whatever ends this step ends the compiler too.
+            raise
+    status = process.returncode
     if status != 0:
         raise _failure(status, tail)
 
