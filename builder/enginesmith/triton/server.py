@@ -77,7 +77,7 @@ class TritonServer:
         installation: which server to run. Default: ``find_server()``.
         http_port, grpc_port, metrics_port: 0 picks a free port.
         model_control: "none" loads all models, "explicit" those in ``load_models`` and what is asked for later.
-        python_path: directories that the models may import from.
+        python_path: directories that the models may import from, first; with the wheel's server only the first one.
         log_path: where the server's output goes. Default: a temporary file, kept only when something failed.
         extra_args: further arguments of tritonserver.
     """
@@ -272,6 +272,8 @@ class TritonServer:
                 self._process = subprocess.Popen(
                     command,
                     env=environment,
+                    # The stub in the wheel nvidia-pytriton ignores PYTHONPATH and imports from where it is started.
+                    cwd=self._python_path[0] if self._python_path else None,
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
