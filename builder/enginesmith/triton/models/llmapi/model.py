@@ -127,7 +127,7 @@ class TritonPythonModel:
                 return
             if output.finished:
                 break
-            if piece := stream.piece(text):
+            if asked.streaming and (piece := stream.piece(text)):
                 self._outbox.put((running.sender, text_response(piece), 0))
         if not running.answered:
             self._complete(running, asked, stream)

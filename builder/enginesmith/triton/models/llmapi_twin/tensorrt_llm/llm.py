@@ -134,7 +134,7 @@ class LLM:
             first[:1] = first[:1] or [time.monotonic()]
             self._hold(job)
             ended[:] = [(stop, len(ids)) for stop, ids in job.stops if ids and tokens[-len(ids) :] == ids][:1]
-            if not ended and not job.result.aborted.is_set():
+            if job.result.streaming and not ended and not job.result.aborted.is_set():
                 job.result.report(Step(tuple(tokens)))
             return bool(ended) or job.result.aborted.is_set()
 

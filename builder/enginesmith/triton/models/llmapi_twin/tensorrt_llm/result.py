@@ -58,7 +58,7 @@ class RequestOutput:
         self.context_logits = None
         self.finished = False
         self.aborted = threading.Event()
-        self._streaming = streaming
+        self.streaming = streaming
         self._tokenizer = tokenizer
         self._steps: asyncio.Queue[Step] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
@@ -99,7 +99,7 @@ class RequestOutput:
         text = self._tokenizer.decode(kept, skip_special_tokens=True)
         ended = step.finish_reason is not None
         readable = not step.stop_length if ended else not text.endswith("\ufffd")
-        if readable or not self._streaming:
+        if readable or not self.streaming:
             output.text = text
         # What was streamed of a stop string stays in the text, as in TensorRT-LLM; only the tokens are cleaned.
         output.token_ids = list(kept)
