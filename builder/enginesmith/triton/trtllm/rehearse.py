@@ -1,0 +1,159 @@
+"""The ``rehearse_trtllm`` step: the assembled repository in a real tritonserver, with the engine played on the CPU.
+
+The copy that is served differs from the repository in one model: ``tensorrt_llm`` keeps its configuration, except that
+the Python backend runs it on the CPU, and is played by the ONNX Runtime engine of the same integers; where an
+architecture has none, by an echo. ``rehearsal.json`` says which bytes were rehearsed and what was not.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tritonclient.grpc import model_config_pb2 as pb
+from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+import enginesmith
+from enginesmith.errors import GateError
+from enginesmith.spec import Serving
+from enginesmith.steps import StepContext
+from enginesmith.targets import TensorRtLlmTarget
+from enginesmith.triton.config import config_text, parse_config
+from enginesmith.triton.placement import contents_digest, place_file, place_tree, tree_contents, tree_files
+from enginesmith.triton.rehearsal_report import Check, require_passed
+from enginesmith.triton.server import TritonServer, find_server
+from enginesmith.triton.trtllm.asking import Asking
+from enginesmith.triton.trtllm.configs import PARTS
+from enginesmith.triton.trtllm.placeholders import placeholders
+from enginesmith.triton.trtllm.scenarios import Stage, run_checks
+from enginesmith.triton.trtllm.subject import PROMPTS, Subject, read_limits
+
+ENGINE_FILES = ("rank*.engine", "config.json")
+"""What the ``package`` step adds to ``tensorrt_llm`` and no rehearsal on a CPU can run."""
+TWIN, ECHO = "onnxruntime twin", "echo"
+_TWIN_FILES = ("model.onnx", "weights.bin", "engine.json")
+
+
+def run(context: StepContext) -> Mapping[str, Any]:
+    """Rehearse the repository. Facts: ``ready_s``, ``requests``, ``server_version``, ``played_by``.
+
+    Raises:
+        GateError: an answer was wrong, or a placeholder is left; says what was asked, expected and seen.
+        ServerError: tritonserver could not load the repository.
+    """
+    params, repository = context.params, context.inputs["repository"]
+    target = TensorRtLlmTarget.model_validate_json(json.dumps(params["target"]))
+    serving = Serving.model_validate_json(json.dumps(params["serving"]))
+    if found := placeholders(repository):
+        raise GateError(
+            f"a placeholder is left in the repository: {'; '.join(found)}",
+            hint="build the assemble step again",
+        )
+    engine = context.inputs.get("engine")
+    played_by = TWIN if engine else ECHO
+    context.progress(None, "asking the engine without a server")
+    limits = read_limits(repository, target)
+    subject = Subject(context.inputs["checkpoint"], limits, target, _player(engine, limits))
+    served = context.scratch / "repository"
+    played = context.scratch / "played.jsonl"
+    _place_with_stand_in(repository, served, target, engine=engine, played=played)
+
+    installation = find_server(str(params.get("server") or "auto"))
+    started = time.monotonic()
+    # The stand-in imports enginesmith; nothing else in the repository may need it.
+    sources = Path(enginesmith.__file__).parents[1]
+    with TritonServer(served, installation=installation, python_path=[sources]) as server:
+        server.wait_ready(on_progress=context.progress)
+        ready_s = time.monotonic() - started
+        entries = {
+            target.triton_model(part): _read_config(repository, target.triton_model(part))
+            for part in ("ensemble", "tensorrt_llm_bls")
+        }
+        ask = Asking(server.grpc_url, server.http_url, entries=entries, decoupled=target.streaming)
+        checks: list[Check] = []
+        for model in entries:
+            context.progress(None, f"asking {model} in tritonserver")
+            checks += run_checks(
+                Stage(
+                    model=model,
+                    ask=ask,
+                    subject=subject,
+                    whole_characters=model == target.triton_model("tensorrt_llm_bls"),
+                    accumulates=target.accumulate_tokens,
+                    may_turn_away=_may_turn_away(serving),
+                    played=played,
+                )
+            )
+        facts = {
+            "ready_s": round(ready_s, 3),
+            "requests": ask.requests,
+            "server_version": server.server_version(),
+            "played_by": played_by,
+        }
+    require_passed(str(params["model_name"]), checks)
+    rehearsal = {
+        "format": 1,
+        "passed": True,
+        "model": str(params["model_name"]),
+        "models": [target.triton_model(part) for part in PARTS],
+        "package_digest": contents_digest(tree_contents(repository)),
+        "not_rehearsed": [f"{target.triton_model('tensorrt_llm')}/1/{name}" for name in ENGINE_FILES],
+        "checks": [asdict(check) for check in checks],
+        **facts,
+    }
+    (context.out / "rehearsal.json").write_text(json.dumps(rehearsal, indent=1) + "\n", encoding="utf-8")
+    return facts
+
+
+def _player(engine: Path | None, limits: Mapping[str, Any]) -> Any:
+    from enginesmith.triton.models.trtllm_twin.play import Echo, Twin
+
+    return Twin(engine, capacity=int(limits["max_seq_len"])) if engine else Echo()
+
+
+def _place_with_stand_in(
+    repository: Path, served: Path, target: TensorRtLlmTarget, *, engine: Path | None, played: Path
+) -> None:
+    """The repository once more, with a model that plays the engine."""
+    place_tree(repository, served)
+    model = served / target.triton_model("tensorrt_llm")
+    config = stand_in_config(_read_config(repository, model.name))
+    # The file is a link to the rehearsed one, which must stay as it is.
+    (model / "config.pbtxt").unlink()
+    (model / "config.pbtxt").write_text(config_text(config), encoding="utf-8")
+    folder = importlib.resources.files("enginesmith.triton.models") / "trtllm_twin"
+    with importlib.resources.as_file(folder) as sources:
+        for file in tree_files(sources):
+            if file.name == "model.py":
+                (model / "1" / file.name).write_bytes(file.read_bytes())
+    for name in _TWIN_FILES if engine else ():
+        assert engine is not None
+        if (engine / name).is_file():
+            place_file(engine / name, model / "1" / name)
+    settings = {"played_by": TWIN if engine else ECHO, "threads": 0, "log": str(played)}
+    (model / "1" / "twin.json").write_text(json.dumps(settings), encoding="utf-8")
+
+
+def stand_in_config(config: ModelConfig) -> ModelConfig:
+    """``config`` with only that changed which says how the model runs: one instance, in Python, on the CPU."""
+    played = ModelConfig()
+    played.CopyFrom(config)
+    played.backend = "python"
+    del played.instance_group[:]
+    played.instance_group.add(kind=pb.ModelInstanceGroup.KIND_CPU, count=1)
+    return played
+
+
+def _read_config(repository: Path, model: str) -> ModelConfig:
+    path = repository / model / "config.pbtxt"
+    return parse_config(path.read_text(encoding="utf-8"), origin=str(path))
+
+
+def _may_turn_away(serving: Serving) -> bool:
+    policy = serving.dynamic_batching.queue_policy if serving.dynamic_batching else None
+    return policy is not None and bool(0 < policy.max_queue_size < len(PROMPTS) or policy.default_timeout_us)

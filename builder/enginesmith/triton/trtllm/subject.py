@@ -1,0 +1,163 @@
+"""What a rehearsed deployment should answer: the stand-in for the engine, asked directly in this process.
+
+Tokenizer, words and text are handled here by other code than the repository's own, on purpose.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from enginesmith.errors import SourceError
+from enginesmith.targets import TensorRtLlmTarget
+
+PROMPTS = ("The capital of France is", "Once upon a time there was a", "Water boils when")
+MANY_BYTES = "naïve café 👩‍🚀🇫🇷 日本語のテキスト 한국어 🙂"
+MAX_TOKENS = 16
+SAMPLING: dict[str, tuple[float, ...]] = {
+    "temperature": (0.8,),
+    "top_k": (50,),
+    "top_p": (0.95,),
+    "repetition_penalty": (1.1,),
+    "seed": (7,),
+}
+_BIAS = 4.0
+
+
+@dataclass(frozen=True)
+class Word:
+    """A word that changes the first prompt's answer when it stops it, and otherwise when it is forbidden."""
+
+    text: str
+    stopped: tuple[int, ...]
+    without: tuple[int, ...]
+
+
+class Subject:
+    """The expected answers of a deployment whose engine is played by ``player``."""
+
+    def __init__(
+        self, checkpoint: Path, limits: dict[str, Any], target: TensorRtLlmTarget, player: Any
+    ) -> None:
+        from tokenizers import Tokenizer
+
+        path = checkpoint / "tokenizer.json"
+        if not path.is_file():
+            raise SourceError(f"tokenizer.json is missing in {checkpoint}", hint="build the fetch step again")
+        self._tokenizer = Tokenizer.from_file(str(path))
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._limits = limits
+        self._target = target
+        self._player = player
+        self.prompt_limit = int(limits["max_input_len"])
+        self.prompts = tuple(self._shortened(prompt) for prompt in PROMPTS)
+        self.many_bytes = self._shortened(MANY_BYTES)
+        self.too_long = "word " * (self.prompt_limit + 1)
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """A prompt's tokens."""
+        return tuple(self._tokenizer.encode(text, add_special_tokens=self._target.add_special_tokens).ids)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of tokens."""
+        text: str = self._tokenizer.decode(list(tokens), skip_special_tokens=self._target.skip_special_tokens)
+        return text
+
+    def decode_singly(self, tokens: Sequence[int]) -> str:
+        """What a stream shows when every token is decoded by itself."""
+        return "".join(self.decode([token]) for token in tokens)
+
+    def whole(self, prompt: str, answer: Sequence[int]) -> str:
+        """Prompt and answer as one text, which is how an answer that comes in one piece looks."""
+        return self.decode([*self.encode(prompt), *answer])
+
+    def answer(
+        self,
+        prompt: str,
+        *,
+        stop: str | None = None,
+        bad: str | None = None,
+        bias: str | None = None,
+        sampled: bool = False,
+    ) -> tuple[int, ...]:
+        """The tokens of the answer to ``prompt``."""
+        import numpy as np
+
+        from enginesmith.triton.models.llm_onnxruntime.llm_runtime import Sampling
+        from enginesmith.triton.models.trtllm_twin.play import Steering, Task, answer
+
+        tokens = self.encode(prompt)
+        room = int(self._limits["max_seq_len"]) - len(tokens)
+        options: dict[str, Any] = {name: values[0] for name, values in SAMPLING.items()} if sampled else {}
+        weights = None
+        if bias is not None:
+            weights = np.zeros(int(self._limits["vocab_size"]), np.float32)
+            np.add.at(weights, list(self._word(bias)), _BIAS)
+        further = tuple((token,) for token in self._limits["further_end_ids"])
+        steering = Steering(
+            end_id=int(self._limits["end_id"]),
+            stop_words=(*((self._word(stop),) if stop else ()), *further),
+            bad_words=(self._word(bad),) if bad else (),
+            bias=weights,
+        )
+        sampling = Sampling(max_tokens=min(MAX_TOKENS, room), **options)
+        return tuple(answer(self._player, Task(tokens, sampling, steering)))
+
+    def echo(self, prompt: str, max_tokens: int) -> tuple[int, ...]:
+        """The tokens of an answer that repeats the prompt's."""
+        tokens = self.encode(prompt)
+        return (tokens * (max_tokens // len(tokens) + 1))[:max_tokens]
+
+    @property
+    def bias(self) -> dict[str, tuple[object, ...]]:
+        """The inputs that make the first prompt's word more likely."""
+        return {
+            "embedding_bias_words": (self.word.text.encode(),),
+            "embedding_bias_weights": (_BIAS,),
+        }
+
+    @cached_property
+    def word(self) -> Word:
+        """Chosen from the first prompt's answer, so that stopping at it and forbidding it both show."""
+        prompt = self.prompts[0]
+        plain = self.answer(prompt)
+        for token in plain:
+            text = self.decode([token])
+            if not text.strip() or "\ufffd" in text:
+                continue
+            stopped, without = self.answer(prompt, stop=text), self.answer(prompt, bad=text)
+            if len({plain, stopped, without}) == 3:
+                return Word(text, stopped, without)
+        text = self.decode(plain[:1]) or prompt
+        return Word(text, self.answer(prompt, stop=text), self.answer(prompt, bad=text))
+
+    def spanning_stop(self, prompt: str) -> str:
+        """A text of the answer that begins inside one token and ends inside another, where there is one."""
+        text = self.decode(self.answer(prompt))
+        pieces = [len(self.decode([token])) for token in self.answer(prompt)]
+        start = sum(pieces[: len(pieces) // 2]) - 1
+        stop = text[max(0, start) : start + 2]
+        return stop if len(stop) == 2 else text[-2:]
+
+    def _word(self, text: str) -> tuple[int, ...]:
+        return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def _shortened(self, prompt: str) -> str:
+        while len(self.encode(prompt)) > self.prompt_limit and len(prompt) > 1:
+            prompt = prompt[: len(prompt) // 2]
+        return prompt
+
+
+def read_limits(repository: Path, target: TensorRtLlmTarget) -> dict[str, Any]:
+    """The limits that the repository relies on."""
+    path = repository / target.triton_model("preprocessing") / "1" / "limits.json"
+    try:
+        limits: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SourceError(f"cannot read {path}: {error}", hint="build the assemble step again") from error
+    return limits
