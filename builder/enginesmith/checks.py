@@ -1,6 +1,7 @@
 """Whether a spec and a checkpoint's ``config.json`` go together, before anyone waits for a build.
 
-Owns what is legal. Called by ``plan`` as soon as a ``config.json`` is at hand and by ``build`` right after fetch.
+The entry point of every legality check, and owner of those for the numeric twin; GPU targets are judged by
+``enginesmith.legality``. Called by ``plan`` as soon as a ``config.json`` is at hand and by ``build`` right after fetch.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from enginesmith.errors import SourceError, SpecError
+from enginesmith.legality import check_targets
+from enginesmith.model_fit import GROUP_SIZES, config_size
 from enginesmith.platforms import ARCHITECTURES
 from enginesmith.spec import ModelSpec, Variant
-
-_AWQ_GROUP_SIZES = (32, 64, 128, 256)
 
 
 def read_hf_config(checkpoint: Path) -> dict[str, Any]:
@@ -37,14 +38,19 @@ def read_hf_config(checkpoint: Path) -> dict[str, Any]:
 
 
 def check_legal(spec: ModelSpec, hf_config: Mapping[str, Any]) -> None:
-    """Return if every variant of ``spec`` can be built from a checkpoint with this ``config.json``.
+    """Return if every variant of ``spec`` can be built, on every target, from a checkpoint with this ``config.json``.
 
     Raises:
-        SpecError: an unsupported architecture, a length beyond the model's, or a variant that does not fit its layers.
+        SpecError: an unsupported architecture, a length beyond the model's, a variant that does not fit its layers, or a
+            target that cannot execute one.
         SourceError: ``config.json`` lacks a size that every supported architecture has.
     """
-    _check_architecture(hf_config)
+    if spec.verify.twin:
+        _check_architecture(hf_config)
     _check_lengths(spec, hf_config)
+    check_targets(spec, hf_config)
+    if hf_config.get("architectures") not in [[name] for name in ARCHITECTURES]:
+        return  # Deployed as it came: its shapes are the runtime's business.
     sizes = linear_input_sizes(hf_config)
     for name, variant in spec.variants.items():
         _check_groups(name, variant, sizes)
@@ -57,8 +63,8 @@ def check_legal(spec: ModelSpec, hf_config: Mapping[str, Any]) -> None:
 
 def linear_input_sizes(hf_config: Mapping[str, Any]) -> dict[str, int]:
     """Input channels of every linear layer in the decoder blocks, by full module name."""
-    hidden = _size(hf_config, "hidden_size")
-    heads = _size(hf_config, "num_attention_heads")
+    hidden = config_size(hf_config, "hidden_size")
+    heads = config_size(hf_config, "num_attention_heads")
     inputs = {
         "self_attn.q_proj": hidden,
         "self_attn.k_proj": hidden,
@@ -66,9 +72,9 @@ def linear_input_sizes(hf_config: Mapping[str, Any]) -> dict[str, int]:
         "self_attn.o_proj": heads * int(hf_config.get("head_dim") or hidden // heads),
         "mlp.gate_proj": hidden,
         "mlp.up_proj": hidden,
-        "mlp.down_proj": _size(hf_config, "intermediate_size"),
+        "mlp.down_proj": config_size(hf_config, "intermediate_size"),
     }
-    blocks = range(_size(hf_config, "num_hidden_layers"))
+    blocks = range(config_size(hf_config, "num_hidden_layers"))
     return {f"model.layers.{block}.{name}": size for block in blocks for name, size in inputs.items()}
 
 
@@ -83,7 +89,7 @@ def _check_architecture(hf_config: Mapping[str, Any]) -> None:
 
 
 def _check_lengths(spec: ModelSpec, hf_config: Mapping[str, Any]) -> None:
-    limit = _size(hf_config, "max_position_embeddings")
+    limit = config_size(hf_config, "max_position_embeddings")
     lengths = {
         "serving.max_sequence_length": spec.serving.max_sequence_length,
         "verify.window": spec.verify.window,
@@ -107,9 +113,7 @@ def _check_groups(name: str, variant: Variant, sizes: Mapping[str, int]) -> None
     }
     misfits = [layer for layer, size in quantized.items() if size % group]
     if misfits:
-        legal = [
-            str(size) for size in _AWQ_GROUP_SIZES if not any(inputs % size for inputs in quantized.values())
-        ]
+        legal = [str(size) for size in GROUP_SIZES if not any(inputs % size for inputs in quantized.values())]
         others = f" and {len(misfits) - 1} more layers" if len(misfits) > 1 else ""
         raise SpecError(
             f"variant {name}: group_size {group} does not divide the {sizes[misfits[0]]} inputs of {misfits[0]}{others}",
@@ -117,13 +121,3 @@ def _check_groups(name: str, variant: Variant, sizes: Mapping[str, int]) -> None
             if legal
             else "no group size fits every layer: use another scheme, or exclude the layers",
         )
-
-
-def _size(hf_config: Mapping[str, Any], key: str) -> int:
-    value = hf_config.get(key)
-    if not isinstance(value, int) or value < 1:
-        raise SourceError(
-            f"config.json must give {key} as a positive number, seen: {value!r}",
-            hint="the checkpoint is damaged or of another kind",
-        )
-    return value
