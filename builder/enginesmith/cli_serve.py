@@ -7,11 +7,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
+from enginesmith.cli_launch import LaunchRequest, print_launch, run_request
 from enginesmith.cli_options import JSON_OPTION, SERVER_OPTION, plain, print_json
-from enginesmith.errors import OperatorError, ToolchainError
+from enginesmith.errors import OperatorError, SpecError, ToolchainError
+
+if TYPE_CHECKING:
+    from enginesmith.targets import LlmApiTarget, TensorRtLlmTarget
 
 
 @click.command()
@@ -38,27 +43,123 @@ from enginesmith.errors import OperatorError, ToolchainError
     show_default=True,
     help="0 chooses a free port.",
 )
-def serve(repository: Path, *, server: str, http_port: int, grpc_port: int, metrics_port: int) -> None:
+@click.option("--address", default="127.0.0.1", show_default=True, help="The address to listen on.")
+@click.option(
+    "--gpus",
+    "gpu_groups",
+    multiple=True,
+    metavar="0,1",
+    help="Give a server these GPUs. Repeated: one server each, their ports 10 apart.",
+)
+@click.option(
+    "--spec",
+    "spec_path",
+    type=click.Path(path_type=Path),
+    help="Take NCCL settings, and what a repository without launch.json does not say, from this spec.",
+)
+@click.option("--target", "target_name", help="The target in the spec. [default: its only multi-GPU one]")
+@click.option("--variant", help="The variant, where the target's model_prefix depends on it.")
+@click.option("--slurm", is_flag=True, help="Start with srun, also on one machine.")
+@click.option("--print", "only_print", is_flag=True, help="Print the command and run nothing; needs no GPU.")
+@JSON_OPTION
+def serve(
+    repository: Path,
+    *,
+    server: str,
+    http_port: int,
+    grpc_port: int,
+    metrics_port: int,
+    address: str,
+    gpu_groups: tuple[str, ...],
+    spec_path: Path | None,
+    target_name: str | None,
+    variant: str | None,
+    slurm: bool,
+    only_print: bool,
+    as_json: bool,
+) -> None:
     """Run tritonserver on REPOSITORY (default: model_repository), on 127.0.0.1, until Ctrl-C.
+
+    TensorRT-LLM models are started as they need it: under mpirun with one process per GPU, as an orchestrator, or
+    with srun over several machines.
 
     \b
     Examples:
       enginesmith serve
       enginesmith serve /srv/models --http-port 9000 --grpc-port 9001 --metrics-port 9002
       enginesmith serve --server /opt/tritonserver/bin/tritonserver
+      enginesmith serve /srv/trtllm --print
+      enginesmith serve /srv/trtllm --spec models/llama.yaml --target tensorrt-llm --print --json
+      enginesmith serve /srv/trtllm --gpus 0,1 --gpus 2,3
     """
     from enginesmith.console import work_display
+    from enginesmith.triton.launch import Endpoints, read_deployments
     from enginesmith.triton.server import serve_forever
 
-    with work_display(sys.stderr) as on_progress:
-        serve_forever(
-            repository,
-            server=server,
-            http_port=http_port,
-            grpc_port=grpc_port,
-            metrics_port=metrics_port,
-            on_progress=on_progress,
+    if as_json and not only_print:
+        raise click.UsageError("--json belongs to --print: a running server has nothing to say on stdout")
+    target = _target(spec_path, target_name, variant)
+    deployments = read_deployments(repository)
+    plain_server = not (deployments or target or gpu_groups or slurm or only_print)
+    if plain_server and address == "127.0.0.1":
+        with work_display(sys.stderr) as on_progress:
+            serve_forever(
+                repository,
+                server=server,
+                http_port=http_port,
+                grpc_port=grpc_port,
+                metrics_port=metrics_port,
+                on_progress=on_progress,
+            )
+        return
+    request = LaunchRequest(
+        repository=repository,
+        endpoints=Endpoints(address, http_port, grpc_port, metrics_port),
+        server=server,
+        target=target,
+        gpu_groups=tuple(_gpu_group(group) for group in gpu_groups),
+        slurm=slurm,
+    )
+    if only_print:
+        print_launch(request, as_json=as_json)
+    else:
+        run_request(request)
+
+
+def _gpu_group(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise click.UsageError(f"--gpus {text}: give GPU numbers with commas between, e.g. 0,1") from error
+
+
+def _target(
+    spec_path: Path | None, name: str | None, variant: str | None
+) -> TensorRtLlmTarget | LlmApiTarget | None:
+    """The target of the spec that says how to start the repository, its model prefix filled in."""
+    from enginesmith.spec import load_spec
+    from enginesmith.targets import OnnxRuntimeTarget
+
+    if spec_path is None:
+        if name or variant:
+            raise click.UsageError("--target and --variant name parts of a spec: give it with --spec")
+        return None
+    spec = load_spec(spec_path)
+    targets = [target for target in spec.targets if not isinstance(target, OnnxRuntimeTarget)]
+    chosen = [target for target in targets if name in (None, target.name)]
+    if len(chosen) != 1:
+        raise SpecError(
+            f"{spec_path} has {len(chosen)} targets of TensorRT-LLM {f'named {name}' if name else 'to choose from'}; "
+            f"it has: {', '.join(target.name for target in targets) or 'none'}",
+            hint="name one with --target",
         )
+    prefix = chosen[0].model_prefix
+    if variant is None and "{variant}" in prefix:
+        raise SpecError(
+            f"the names of the models depend on the variant (model_prefix: {prefix})",
+            hint=f"name one with --variant: {', '.join(spec.variants)}",
+        )
+    return chosen[0].model_copy(update={"model_prefix": chosen[0].prefix_for(spec.name, variant or "")})
 
 
 @click.command()

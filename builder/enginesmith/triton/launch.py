@@ -27,9 +27,10 @@ LAUNCH_FORMAT = 1
 PORT_STRIDE = 10
 """Distance of the ports of one server to those of the next, where one command starts several."""
 _MPIRUN = ("mpirun", "--allow-run-as-root")
-# Every rank runs this under srun: $1 is the model, the rest is the server's command line for rank 0.
+# Every rank runs this under srun: $1 is the model, $2 begins the name of the rank's shared memory, the rest is the
+# server's command line for rank 0.
 _SLURM_RANK = (
-    'model=$1; shift; prefix="--backend-config=python,shm-region-prefix-name=rank${SLURM_PROCID}_"; '
+    'model=$1; prefix="--backend-config=python,shm-region-prefix-name=$2rank${SLURM_PROCID}_"; shift 2; '
     'if [ "$SLURM_PROCID" -eq 0 ]; then exec "$@" "$prefix"; fi; '
     'exec "$@" "$prefix" --allow-http=false --allow-grpc=false --allow-metrics=false '
     '--model-control-mode=explicit --load-model="$model"'
@@ -228,7 +229,7 @@ def plan_launch(
         shifted = endpoints.shifted(place)
         base = (*tritonserver, f"--model-repository={repository.absolute()}", *_COMMON)
         seen = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))} if gpus else {}
-        server = _Server(base, shifted, {**variables, **seen}, prefix=f"server{place}_")
+        server = _Server(base, shifted, {**variables, **seen}, prefix=f"port{shifted.grpc_port}_")
         commands.append(_command(deployment, deployments, server, slurm=slurm))
         listening.append(shifted)
     on_this_machine = (
@@ -346,7 +347,7 @@ def _orchestrator_command(deployments: Sequence[Deployment], server: _Server) ->
 
 def _slurm_leader_command(deployment: Deployment, server: _Server) -> Command:
     base, endpoints, _ = server.rank(0, ())
-    rank = ("sh", "-c", _SLURM_RANK, "rank", deployment.model)
+    rank = ("sh", "-c", _SLURM_RANK, "rank", deployment.model, server.prefix)
     return Command((_srun(deployment), rank, base, endpoints), server.environment)
 
 
