@@ -9,15 +9,17 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from enginesmith.checkpoints.validate import Dimensions, dimensions_of, expected_shapes
 from enginesmith.engines.tensorrt_llm.mapping import Mapping as RankMapping
 from enginesmith.errors import SourceError, SpecError
 from enginesmith.platforms import ARCHITECTURES, GPUS, RUNTIME_ARCHITECTURES, Execution, Gpu
 from enginesmith.schemes import SCHEMES
 from enginesmith.spec import ModelSpec, Variant
 from enginesmith.targets import LlmApiTarget, TensorRtLlmTarget
+
+if TYPE_CHECKING:
+    from enginesmith.checkpoints.validate import Dimensions
 
 GpuTarget = TensorRtLlmTarget | LlmApiTarget
 
@@ -47,6 +49,8 @@ def check_fit(
         SpecError: what does not fit, and what would.
         SourceError: ``config.json`` lacks a size, or holds a wrong one.
     """
+    from enginesmith.checkpoints.validate import dimensions_of  # Loads numpy, which most plans need not.
+
     architecture = _supported_architecture(target, hf_config)
     _check_llama_only(target, architecture)
     _check_own_quantization(target, variants, hf_config, execution)
@@ -71,6 +75,8 @@ def check_fit(
 
 def variant_bytes(architecture: str, dimensions: Dimensions, variant: Variant) -> int:
     """Bytes of all weights in one variant: linear layers at the scheme's width, excluded ones and the rest in 16 bits."""
+    from enginesmith.checkpoints.validate import expected_shapes
+
     bits = SCHEMES[variant.scheme].weight_bits
     total = 0.0
     for name, shape in expected_shapes(architecture, dimensions).items():
