@@ -161,7 +161,7 @@ def test_command_for_another_machine_is_the_one_that_is_run_here(tmp_path: Path,
     context = make_context(tmp_path, make_target(), converted)
     arguments = plain_arguments(context.params, converted, Path("/engines"))
     assert arguments[:4] == ("--checkpoint_dir", str(converted), "--output_dir", "/engines")
-    assert "--output_timing_cache" not in arguments
+    assert arguments[arguments.index("--output_timing_cache") + 1] == "/engines/model.cache"
     assert arguments[arguments.index("--use_fp8_context_fmha") + 1] == "disable"
 
 

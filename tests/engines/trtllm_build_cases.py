@@ -96,4 +96,5 @@ def make_context(tmp_path: Path, target: TensorRtLlmTarget, converted: Path, **l
 def run_standin(arguments: tuple[str, ...] | list[str]) -> subprocess.CompletedProcess[str]:
     """The stand-in with these arguments, as a program."""
     command = [sys.executable, trtllm_build_standin.__file__, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    place = Path(arguments[list(arguments).index("--output_dir") + 1]).parent
+    return subprocess.run(command, cwd=place, capture_output=True, text=True, check=False)

@@ -56,7 +56,8 @@ def trtllm_build_arguments(
         "profiling_verbosity": "layer_names_only",
         "log_level": "info",
         "input_timing_cache": timing_cache.read if timing_cache else None,
-        "output_timing_cache": timing_cache.write if timing_cache else None,
+        # Left out, the tool would write it into the working directory, which in a container is nobody's.
+        "output_timing_cache": timing_cache.write if timing_cache else output_dir / "model.cache",
     }
     arguments = [
         part for flag, value in flags.items() if value is not None for part in (f"--{flag}", str(value))
