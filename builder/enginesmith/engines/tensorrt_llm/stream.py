@@ -59,6 +59,7 @@ class _Destination:
 class _Move:
     """Rows of one source tensor, and everywhere they go."""
 
+    source: str
     entry: TensorEntry
     rows: range
     dtype: str
@@ -158,7 +159,7 @@ def _moves(plan: ConversionPlan, tensors: CheckpointTensors, headers: Sequence[b
             key = (piece.source, piece.rows, tensor.dtype, piece.recode)
             found[key].append(_Destination(index, offset, piece.columns))
     moves = [
-        _Move(tensors.entry(source), rows, dtype, recode, tuple(destinations))
+        _Move(source, tensors.entry(source), rows, dtype, recode, tuple(destinations))
         for (source, rows, dtype, recode), destinations in found.items()
     ]
     moves = [block for move in moves for block in _blocks(move)]
@@ -176,7 +177,7 @@ def _blocks(move: _Move) -> Iterator[_Move]:
             _Destination(place.rank, place.offset + done * len(place.columns) * width, place.columns)
             for place in move.destinations
         )
-        yield _Move(move.entry, rows, move.dtype, move.recode, shifted)
+        yield _Move(move.source, move.entry, rows, move.dtype, move.recode, shifted)
 
 
 def _numbers(
@@ -260,7 +261,7 @@ class _Writer:
         block = self._read(move).reshape(len(move.rows), columns)
         if move.recode is not None:
             block = recoded(
-                block, move.recode, move.dtype, scales=self._scales, rows=move.rows, name=str(move.entry.file)
+                block, move.recode, move.dtype, scales=self._scales, rows=move.rows, name=move.source
             )
         for place in move.destinations:
             part = np.ascontiguousarray(block[:, place.columns.start : place.columns.stop])
