@@ -58,8 +58,13 @@ class Journal:
             self.hold.unlink()
 
 
-def run_checks(ask: Asking, subject: Subject, journal: Journal, *, streaming: bool) -> list[Check]:
-    """Everything that is asked, in order; a check that fails does not stop the others."""
+def run_checks(
+    ask: Asking, subject: Subject, journal: Journal, *, streaming: bool, instances: int
+) -> list[Check]:
+    """Everything that is asked, in order; a check that fails does not stop the others.
+
+    A request that stops another by its id reaches any instance, so that is asked where there is one only.
+    """
     checks = [
         *(_check_plain(f"plain {number}", ask, subject, number) for number in range(len(subject.prompts))),
         _check_with_input(ask, subject),
@@ -74,7 +79,7 @@ def run_checks(ask: Asking, subject: Subject, journal: Journal, *, streaming: bo
     checks += [
         *_check_refusals(ask, subject),
         _check_cancelled(ask, subject, journal, streaming=streaming),
-        _check_stopped_by_id(ask, subject, journal),
+        *([_check_stopped_by_id(ask, subject, journal)] if instances == 1 else []),
         _check_plain("plain again, after all that", ask, subject, 0),
     ]
     return checks

@@ -1,0 +1,134 @@
+"""The parts of the served LLM API model that need neither Triton nor TensorRT-LLM."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from enginesmith.triton.models.llmapi.llm_settings import choose_gpus, leave_mpi_job, read_settings
+from enginesmith.triton.models.llmapi.llm_stream import TextStream
+
+TWO_INSTANCES = {
+    "parameters": {"gpu_device_ids": {"string_value": "0,1;2,3"}},
+    "instance_group": [{"count": 2, "kind": "KIND_CPU"}],
+}
+
+
+def streamed(pieces: list[str], stops: tuple[str, ...] = ()) -> tuple[list[str], str | None]:
+    """What a client sees of a text that grows by ``pieces``, and the stop string that ended it."""
+    stream, seen, text = TextStream(stops), [], ""
+    for piece in pieces:
+        text += piece
+        kept, found = stream.cut(text)
+        if found is not None:
+            return [*seen, stream.last_piece(kept)], found
+        seen.append(stream.piece(kept))
+    return [*seen, stream.last_piece(text)], None
+
+
+@given(
+    st.lists(st.text("ab\ufffd", max_size=3), max_size=8),
+    st.lists(st.text("ab", min_size=1, max_size=3), max_size=2),
+)
+def test_the_pieces_joined_are_the_text_up_to_its_first_stop_string(
+    pieces: list[str], stops: list[str]
+) -> None:
+    text = "".join(pieces)
+    seen, found = streamed(pieces, tuple(stops))
+    places = [text.find(stop) for stop in stops if stop in text]
+    assert "".join(seen) == text[: min(places, default=len(text))]
+    assert (found is not None) == bool(places)
+
+
+def test_half_a_character_waits_for_its_other_half() -> None:
+    stream = TextStream(())
+    assert [stream.piece(text) for text in ("a", "a\ufffd", "a\ufffd\ufffd", "a東")] == ["a", "", "", "東"]
+
+
+def test_a_replacement_character_at_the_end_is_sent_at_the_end() -> None:
+    stream = TextStream(())
+    assert stream.piece("a\ufffd") == "a"
+    assert stream.last_piece("a\ufffd") == "\ufffd"
+
+
+def test_the_beginning_of_a_stop_string_is_not_sent() -> None:
+    assert streamed(["x\n", "\n", "y"], ("\n\n",)) == (["x", ""], "\n\n")
+    assert streamed(["x\n", "y"], ("\n\n",)) == (["x", "\ny", ""], None)
+
+
+def write_settings(directory: Path, text: str) -> Path:
+    (directory / "model.yaml").write_text(text)
+    return directory
+
+
+def test_a_relative_model_beside_the_settings_becomes_a_path(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint").mkdir()
+    settings = read_settings(write_settings(tmp_path, "model: checkpoint\nmax_seq_len: 64\n"), {})
+    assert settings.llm_arguments == {"model": str(tmp_path / "checkpoint"), "max_seq_len": 64}
+    assert settings.max_sequence_length == 64
+
+
+def test_a_model_that_is_no_directory_here_is_passed_on(tmp_path: Path) -> None:
+    settings = read_settings(write_settings(tmp_path, "model: organisation/name\n"), {})
+    assert settings.llm_arguments == {"model": "organisation/name"}
+
+
+def test_the_triton_half_does_not_reach_the_llm(tmp_path: Path) -> None:
+    text = "model: m\nmax_batch_size: 4\ntriton_config: {cancellation_check_period_ms: 20, max_queue_size: 3, max_prompt_length: 9}\n"
+    settings = read_settings(write_settings(tmp_path, text), {})
+    assert settings.llm_arguments == {"model": "m", "max_batch_size": 4}
+    assert settings.cancellation_check_period_s == 0.02
+    assert settings.max_prompt_length == 9
+    assert settings.max_requests == 7
+
+
+def test_another_file_of_settings_can_be_named(tmp_path: Path) -> None:
+    version = tmp_path / "1"
+    version.mkdir()
+    write_settings(version, "model: first\n")
+    other = tmp_path / "other.yaml"
+    other.write_text("model: second\n")
+    settings = read_settings(version, {"LLM_CONFIG_PATH": str(other)})
+    assert settings.llm_arguments == {"model": "second"}
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "model:\n", "a: [", "backend: pytorch\n"])
+def test_broken_settings_are_named(tmp_path: Path, text: str) -> None:
+    with pytest.raises(RuntimeError, match=r"model\.yaml"):
+        read_settings(write_settings(tmp_path, text), {})
+
+
+def test_every_instance_sees_its_own_gpus_only() -> None:
+    for instance, expected in (("tensorrt_llm_0_0", "0,1"), ("tensorrt_llm_0_1", "2,3")):
+        environment: dict[str, str] = {}
+        choose_gpus(TWO_INSTANCES, instance, environment)
+        assert environment == {"CUDA_VISIBLE_DEVICES": expected, "TRTLLM_VISIBLE_DEVICES": expected}
+
+
+def test_one_instance_without_ids_keeps_what_it_sees() -> None:
+    environment: dict[str, str] = {}
+    choose_gpus({"instance_group": [{"count": 1}]}, "m_0_0", environment)
+    assert environment == {}
+
+
+@pytest.mark.parametrize("ids", ["", "0,1", "0;1;2"])
+def test_instances_that_would_share_gpus_are_refused(ids: str) -> None:
+    config = {**TWO_INSTANCES, "parameters": {"gpu_device_ids": {"string_value": ids}}}
+    with pytest.raises(RuntimeError, match="gpu_device_ids"):
+        choose_gpus(config, "m_0_0", {})
+
+
+def test_the_mpi_job_is_left_and_its_configuration_kept() -> None:
+    kept = {"OMPI_MCA_btl": "tcp", "PMIX_MCA_gds": "hash", "PATH": "/bin"}
+    left = {"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0", "PMIX_RANK": "0", "PMI_SIZE": "1"}
+    environment = {**kept, **left}
+    leave_mpi_job(environment)
+    assert environment == kept
+
+
+def test_one_of_several_ranks_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="started as 2 MPI ranks"):
+        leave_mpi_job({"OMPI_COMM_WORLD_SIZE": "2"})
