@@ -36,6 +36,8 @@ from enginesmith.triton.trtllm.subject import PROMPTS, Subject, read_limits
 ENGINE_FILES = ("rank*.engine", "config.json")
 """What the ``package`` step adds to ``tensorrt_llm`` and no rehearsal on a CPU can run."""
 TWIN, ECHO = "onnxruntime twin", "echo"
+# tritonserver 2.51 counts a cancelled request of an ensemble as running for ever and waits for it when it ends.
+_EXIT_TIMEOUT_S = 2
 _TWIN_FILES = ("model.onnx", "weights.bin", "engine.json")
 
 
@@ -67,7 +69,10 @@ def run(context: StepContext) -> Mapping[str, Any]:
     started = time.monotonic()
     # The stand-in imports enginesmith; nothing else in the repository may need it.
     sources = Path(enginesmith.__file__).parents[1]
-    with TritonServer(served, installation=installation, python_path=[sources]) as server:
+    arguments = [f"--exit-timeout-secs={_EXIT_TIMEOUT_S}"]
+    with TritonServer(
+        served, installation=installation, python_path=[sources], extra_args=arguments
+    ) as server:
         server.wait_ready(on_progress=context.progress)
         ready_s = time.monotonic() - started
         entries = {
