@@ -54,6 +54,7 @@ class Subject:
         self._limits = limits
         self._target = target
         self._player = player
+        self._answers: dict[tuple[object, ...], tuple[int, ...]] = {}
         self.prompt_limit = int(limits["max_input_len"])
         self.prompts = tuple(self._shortened(prompt) for prompt in PROMPTS)
         self.many_bytes = self._shortened(MANY_BYTES)
@@ -86,6 +87,14 @@ class Subject:
         sampled: bool = False,
     ) -> tuple[int, ...]:
         """The tokens of the answer to ``prompt``."""
+        asked = (prompt, stop, bad, bias, sampled)
+        if asked not in self._answers:
+            self._answers[asked] = self._play(prompt, stop=stop, bad=bad, bias=bias, sampled=sampled)
+        return self._answers[asked]
+
+    def _play(
+        self, prompt: str, *, stop: str | None, bad: str | None, bias: str | None, sampled: bool
+    ) -> tuple[int, ...]:
         import numpy as np
 
         from enginesmith.triton.models.llm_onnxruntime.llm_runtime import Sampling
