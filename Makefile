@@ -4,10 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 SPECS ?= models/smollm2-135m.yaml
 REPOSITORY ?= model_repository
+TOOLCHAIN ?= 26.07
+CONTAINER ?= docker
 STAMP := $(VENV)/.setup-stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo engines serve bench test check clean
+.PHONY: help setup demo engines serve bench test check image clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -40,6 +42,10 @@ check: setup ## formatting, lint, types, generated files
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/enginesmith schema --check docs/spec.schema.json
+
+image: ## the production server image, from NVIDIA's; needs docker (or CONTAINER=podman)
+	@$(CONTAINER) version >/dev/null 2>&1 || { echo "error: make image needs a container tool, and '$(CONTAINER) version' fails: it is not installed or its daemon does not answer (another one: make image CONTAINER=podman)" >&2; exit 1; }
+	$(CONTAINER) build --file Dockerfile.triton --build-arg BASE_TAG=$(TOOLCHAIN) --tag enginesmith-triton:$(TOOLCHAIN) .
 
 clean: ## remove what builds and tests left behind (keeps .venv and published models)
 	rm -rf .enginesmith .pytest_cache .mypy_cache .ruff_cache build dist
