@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
+import json
+import sys
+import threading
+import time
+import types
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from enginesmith.triton.llmapi.rehearse import place_stand_in
 from enginesmith.triton.models.llmapi.llm_settings import choose_gpus, leave_mpi_job, read_settings
 from enginesmith.triton.models.llmapi.llm_stream import TextStream
 
@@ -132,3 +142,104 @@ def test_the_mpi_job_is_left_and_its_configuration_kept() -> None:
 def test_one_of_several_ranks_is_refused() -> None:
     with pytest.raises(RuntimeError, match="started as 2 MPI ranks"):
         leave_mpi_job({"OMPI_COMM_WORLD_SIZE": "2"})
+
+
+class Sender:
+    """Triton's response sender, slow, which notes when it is used in a way that ends tritonserver."""
+
+    def __init__(self) -> None:
+        self.final = threading.Event()
+        self.asked_too_late = False
+
+    def send(self, _response: object, flags: int = 0) -> None:
+        if flags:
+            self.final.set()
+        time.sleep(0.003)
+
+    def is_cancelled(self) -> bool:
+        for _ in range(3):
+            self.asked_too_late |= self.final.is_set()
+            time.sleep(0.001)
+        self.asked_too_late |= self.final.is_set()
+        return False
+
+
+class Request:
+    """A request as the Python backend hands it over."""
+
+    def __init__(self, **inputs: Any) -> None:
+        self.inputs = {name: np.array([value]) for name, value in inputs.items()}
+        self.sender = Sender()
+
+    def get_response_sender(self) -> Sender:
+        return self.sender
+
+    def request_id(self) -> str:
+        return ""
+
+
+@pytest.fixture
+def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The served model, loaded without a server: the Python backend's module is played, and TensorRT-LLM echoes."""
+    python, _ = place_stand_in(tmp_path, None)
+    backend = types.ModuleType("triton_python_backend_utils")
+    played: dict[str, Any] = {
+        "TRITONSERVER_RESPONSE_COMPLETE_FINAL": 1,
+        "TritonModelException": RuntimeError,
+        "Tensor": lambda name, array: (name, array),
+        "InferenceResponse": lambda tensors=(), error=None: (tensors, error),
+        "TritonError": type("TritonError", (), {"INVALID_ARG": 3, "CANCELLED": 10, "INTERNAL": 1, "UNAVAILABLE": 4}),
+        "using_decoupled_model_transaction_policy": lambda _config: True,
+        "get_input_tensor_by_name": lambda request, name: _tensor(request, name),
+    }  # fmt: skip
+    for name, value in played.items():
+        setattr(backend, name, value)
+    before = set(sys.modules)
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", backend)
+    monkeypatch.syspath_prepend(str(python))
+    code = importlib.import_module("enginesmith.triton.models.llmapi").__path__[0]
+    monkeypatch.syspath_prepend(code)
+    _write_version(tmp_path / "1")
+    model = importlib.import_module("model").TritonPythonModel()
+    arguments = {"model_config": "{}", "model_repository": str(tmp_path), "model_version": "1"}
+    model.initialize({**arguments, "model_instance_name": "tensorrt_llm_0_0"})
+    try:
+        yield model
+    finally:
+        model.finalize()
+        mine = ("model", "llm_engine", "llm_requests", "llm_settings", "llm_stream")
+        for name in set(sys.modules) - before:
+            if name in mine or name.split(".")[0] == "tensorrt_llm":
+                del sys.modules[name]
+
+
+def _tensor(request: Request, name: str) -> Any:
+    array = request.inputs.get(name)
+    return None if array is None else types.SimpleNamespace(as_numpy=lambda: array)
+
+
+def _write_version(version: Path) -> None:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+
+    checkpoint = version / "checkpoint"
+    checkpoint.mkdir(parents=True)
+    tokenizer = Tokenizer(WordLevel({"[UNK]": 0, "a": 1, "b": 2}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.save(str(checkpoint / "tokenizer.json"))
+    (checkpoint / "config.json").write_text("{}")
+    settings = {"model": "checkpoint", "backend": "pytorch", "max_seq_len": 64}
+    (version / "model.yaml").write_text(
+        json.dumps({**settings, "triton_config": {"cancellation_check_period_ms": 1, "decoupled": True}})
+    )
+
+
+def test_a_sender_is_never_asked_once_its_final_response_is_sent(served: Any) -> None:
+    """Asking it then, or while it is sent, is a segmentation fault of tritonserver (seen on 2.51)."""
+    requests = [Request(text_input=b"a b a b", streaming=True) for _ in range(60)]
+    for request in requests:
+        served.execute([request])
+        time.sleep(0.002)
+    assert all(request.sender.final.wait(30) for request in requests)
+    assert not any(request.sender.asked_too_late for request in requests)

@@ -110,7 +110,10 @@ class Asking:
         replies: queue.SimpleQueue[Reply] = queue.SimpleQueue()
         if self._decoupled:
             client.start_stream(_Collector(replies))
-            client.async_stream_infer(self._model, tensors, request_id=request_id)
+            try:
+                client.async_stream_infer(self._model, tensors, request_id=request_id)
+            except InferenceServerException as error:  # The server went away between the two calls.
+                replies.put(Reply(refusal=str(error.message())))
             return Pending(lambda: client.stop_stream(cancel_requests=True), replies)
         collector = _Collector(replies, single=True)
         call = client.async_infer(

@@ -1,8 +1,8 @@
 """Triton's entry point: text requests through TensorRT-LLM's LLM API.
 
-Each request is a task in the engine's loop; TensorRT-LLM batches what runs at the same time. Answers go to Triton from
-a thread of their own, because sending one waits for the server. Another thread looks for requests whose client has
-gone and aborts them. A request that cannot run is answered with its own error and does not touch the others.
+Each request is a task in the engine's loop; TensorRT-LLM batches what runs at the same time. A thread of its own talks
+to Triton, because that waits for the server: it sends answers, and looks for requests whose client has gone, to abort
+them. A request that cannot run is answered with its own error and does not touch the others.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import queue
 import threading
-from dataclasses import dataclass, field
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +43,16 @@ class RefusedError(Exception):
 
 @dataclass(eq=False)
 class Running:
-    """A request under way. Changed in the engine's loop only."""
+    """A request under way. Changed in the engine's loop only, but for ``closed``."""
 
     sender: Any
     request_id: str
     result: Any = None
     """The RequestOutput, once it was started."""
-    answered: bool = field(default=False)
+    answered: bool = False
     """The final response is on its way; nothing more may be sent."""
+    closed: bool = False
+    """The final response was sent. Set by the thread that talks to Triton."""
 
 
 class TritonPythonModel:
@@ -65,14 +68,9 @@ class TritonPythonModel:
         leave_mpi_job()
         self._engine = Engine(self._settings.llm_arguments)
         self._running: set[Running] = set()
-        self._ending = threading.Event()
-        self._outbox: queue.SimpleQueue[tuple[Any, Any, int] | None] = queue.SimpleQueue()
-        self._threads = [
-            threading.Thread(target=self._send_responses, name="responses", daemon=True),
-            threading.Thread(target=self._watch_clients, name="cancellations", daemon=True),
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._outbox: queue.SimpleQueue[tuple[Running, Any, int] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._talk_to_triton, name="responses", daemon=True)
+        self._thread.start()
 
     def execute(self, requests: list[Any]) -> None:
         """Start ``requests`` and return at once; each is answered through its own sender."""
@@ -81,11 +79,9 @@ class TritonPythonModel:
 
     def finalize(self) -> None:
         """End what is running, then the engine."""
-        self._ending.set()
         self._engine.close()
         self._outbox.put(None)
-        for thread in self._threads:
-            thread.join()
+        self._thread.join()
 
     async def _serve(self, request: Any) -> None:
         """Answer one request. Whatever goes wrong, it gets exactly one final response."""
@@ -128,7 +124,7 @@ class TritonPythonModel:
             if output.finished:
                 break
             if asked.streaming and (piece := stream.piece(text)):
-                self._outbox.put((running.sender, text_response(piece), 0))
+                self._outbox.put((running, text_response(piece), 0))
         if not running.answered:
             self._complete(running, asked, stream)
 
@@ -200,21 +196,41 @@ class TritonPythonModel:
     def _end(self, running: Running, response: Any) -> None:
         if not running.answered:
             running.answered = True
-            self._outbox.put((running.sender, response, _FINAL))
+            self._outbox.put((running, response, _FINAL))
 
-    def _send_responses(self) -> None:
-        while (item := self._outbox.get()) is not None:
-            sender, response, flags = item
+    def _talk_to_triton(self) -> None:
+        """Send what is in the outbox, and every so often look for clients that have gone.
+
+        One thread does both, because a sender must not be asked whether it is cancelled once its final response is
+        sent, nor while it is: tritonserver ends with a segmentation fault.
+        """
+        period_s = self._settings.cancellation_check_period_s
+        due = time.monotonic() + period_s
+        while True:
             try:
-                sender.send(response, flags=flags)
-            except pb_utils.TritonModelException as error:
-                pb_utils.Logger.log_error(f"a response could not be sent: {error}")
+                item = self._outbox.get(timeout=max(0.0, due - time.monotonic()))
+            except queue.Empty:
+                self._look_for_cancelled()
+                due = time.monotonic() + period_s
+                continue
+            if item is None:
+                return
+            self._send(*item)
+            if time.monotonic() >= due:
+                self._look_for_cancelled()
+                due = time.monotonic() + period_s
 
-    def _watch_clients(self) -> None:
-        while not self._ending.wait(self._settings.cancellation_check_period_s):
-            for running in tuple(self._running):
-                if not running.answered and running.sender.is_cancelled():
-                    self._engine.call(self._cancel, running)
+    def _send(self, running: Running, response: Any, flags: int) -> None:
+        running.closed = bool(flags & _FINAL)
+        try:
+            running.sender.send(response, flags=flags)
+        except pb_utils.TritonModelException as error:
+            pb_utils.Logger.log_error(f"a response could not be sent: {error}")
+
+    def _look_for_cancelled(self) -> None:
+        for running in tuple(self._running):
+            if not (running.answered or running.closed) and running.sender.is_cancelled():
+                self._engine.call(self._cancel, running)
 
 
 def _cumulative_logprob(completion: Any) -> float:
