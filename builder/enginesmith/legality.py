@@ -204,6 +204,10 @@ def _check_limits(target: GpuTarget, serving: Serving) -> None:
             f"{target.max_num_tokens} and chunked_context is off: the longest prompts would be refused",
             hint=f"chunked_context: true, max_num_tokens {serving.prompt_limit} or more, or a smaller serving.max_prompt_length",
         )
+    _check_pools(target, serving)
+
+
+def _check_pools(target: GpuTarget, serving: Serving) -> None:
     tokens = target.kv_cache.max_tokens
     if tokens is not None and tokens < serving.max_sequence_length:
         raise SpecError(

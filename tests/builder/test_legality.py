@@ -29,7 +29,7 @@ from enginesmith.platforms import (
     toolchain_with,
 )
 from enginesmith.schemes import SCHEMES
-from enginesmith.spec import KV_CACHES, ModelSpec
+from enginesmith.spec import KV_CACHES, ModelSpec, load_spec
 
 Document = dict[str, Any]
 
@@ -353,3 +353,33 @@ def test_every_gpu_and_runtime_has_a_row() -> None:
         assert "none" in execution_on(runtime, gpu).schemes
     assert set(get_args(GpuName)) == set(GPUS)
     assert set(ARCHITECTURES) >= {"LlamaForCausalLM", "MixtralForCausalLM"}
+
+
+def test_documented_table_is_the_data() -> None:
+    document = (Path(__file__).parents[2] / "docs" / "platforms.md").read_text(encoding="utf-8")
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in document.splitlines()
+        if re.match(r"\| \d\d\.\d\d \|", line)
+    ]
+    yes = {True: "yes", False: "no"}
+    assert rows == [
+        [
+            *(row.tag, row.tensorrt_llm, row.triton or "not known", row.tensorrt, row.cuda, row.driver),
+            *(yes[row.has_engines], yes[row.has_llmapi]),
+        ]
+        for row in TOOLCHAINS.values()
+    ]
+
+
+def test_specs_of_the_project_are_legal() -> None:
+    smollm2 = LLAMA_8B | {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "num_hidden_layers": 30,
+        "vocab_size": 49152,
+    }
+    for path in (Path(__file__).parents[2] / "models").glob("*.yaml"):
+        check_targets(load_spec(path), smollm2)

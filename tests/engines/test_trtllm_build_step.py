@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +25,12 @@ from trtllm_build_cases import (
 )
 
 from enginesmith.digests import file_digest
-from enginesmith.engines.tensorrt_llm.compile import BuildProgress, plain_arguments, run
+from enginesmith.engines.tensorrt_llm.compile import (
+    BuildProgress,
+    plain_arguments,
+    run,
+    script_for_another_machine,
+)
 from enginesmith.engines.tensorrt_llm.convert import convert_checkpoint
 from enginesmith.engines.tensorrt_llm.mapping import Mapping
 from enginesmith.engines.tensorrt_llm.toolchain import GPU_FILE, SUMS_FILE
@@ -163,18 +169,32 @@ def test_command_for_another_machine_is_the_one_that_is_run_here(tmp_path: Path,
     assert arguments[:4] == ("--checkpoint_dir", str(converted), "--output_dir", "/engines")
     assert arguments[arguments.index("--output_timing_cache") + 1] == "/engines/model.cache"
     assert arguments[arguments.index("--use_fp8_context_fmha") + 1] == "disable"
+    script = script_for_another_machine(context.params, converted, Path("/engines"))
+    assert shlex.split(script.splitlines()[2])[-len(arguments) :] == list(arguments)
+    assert "tritonserver:26.07-trtllm-python-py3 trtllm-build" in script
+
+
+@pytest.fixture(scope="module")
+def built_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The converted checkpoint of a TP=2 FP8 target, and its engines as the container script leaves them."""
+    place = tmp_path_factory.mktemp("built")
+    converted = write_checkpoint(place / "converted", tensor=2, quant_algo="FP8")
+    programs = place / "bin"
+    trtllm_build_standin.install(programs, gpu=H100)
+    context = make_context(place, make_target(parallelism={"tensor": 2}), converted)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", f"{programs}:/usr/bin:/bin")
+        run(context)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (context.out / name).unlink()
+    return place
 
 
 @pytest.fixture
-def built(tmp_path: Path, machine: Path) -> Path:
-    """Engines of a TP=2 FP8 target, with records, as the container script leaves them."""
-    converted = write_checkpoint(tmp_path / "converted", tensor=2, quant_algo="FP8")
-    (tmp_path / "there").mkdir()
-    context = make_context(tmp_path / "there", make_target(parallelism={"tensor": 2}), converted)
-    run(context)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        (context.out / name).unlink()
-    return context.out
+def built(tmp_path: Path, built_once: Path) -> Path:
+    """A copy of the engines that a test may harm; their checkpoint is beside them."""
+    shutil.copytree(built_once / "converted", tmp_path / "converted")
+    return Path(shutil.copytree(built_once / "out", tmp_path / "there"))
 
 
 def adopting(tmp_path: Path, engines: Path, **keys: Any) -> Context:

@@ -28,12 +28,14 @@ from enginesmith.engines.tensorrt_llm.toolchain import (
     GPU_FILE,
     SUMS_FILE,
     Compiler,
+    container_script,
     describe_gpu,
     require_compiler,
     version_in,
     visible_gpus,
 )
 from enginesmith.errors import OperatorError, SourceError, ToolchainError
+from enginesmith.platforms import TOOLCHAINS
 from enginesmith.spec import Serving
 from enginesmith.steps import StepContext
 from enginesmith.targets import TensorRtLlmTarget
@@ -280,13 +282,29 @@ def _add_tokenizer(checkpoint: Path, out: Path) -> None:
 
 
 def plain_arguments(params: Mapping[str, Any], converted: Path, output_dir: Path) -> tuple[str, ...]:
-    """The ``trtllm-build`` arguments of a compile step with these parameters, for another machine: no timing cache."""
-    target = TensorRtLlmTarget.model_validate(params["target"])
+    """The ``trtllm-build`` arguments of a compile step with these parameters, without kept timings."""
     return trtllm_build_arguments(
-        target,
+        TensorRtLlmTarget.model_validate(params["target"]),
         Serving.model_validate(params["serving"]),
         checkpoint_dir=converted,
         output_dir=output_dir,
         precision=precision_of(converted),
         workers=int((params.get("location") or {}).get("workers") or 1),
+    )
+
+
+def script_for_another_machine(params: Mapping[str, Any], converted: Path, engine_dir: Path) -> str:
+    """A shell script that does this compile step in NVIDIA's container, where the GPU is.
+
+    ``converted`` and ``engine_dir`` are absolute paths on that machine; precision is read from ``converted`` here, so the
+    checkpoint lies under the same path on both, or is mounted there. What the script makes is adopted by ``engine_dir``.
+
+    Raises:
+        OperatorError: a path cannot be mounted into a container.
+    """
+    return container_script(
+        plain_arguments(params, converted, engine_dir),
+        toolchain=TOOLCHAINS[params["target"]["toolchain"]],
+        checkpoint_dir=converted,
+        engine_dir=engine_dir,
     )
