@@ -213,14 +213,45 @@ def test_a_mixture_of_experts_is_refused_rather_than_quantized_in_part(
         choose_layers(model, Recipe(SCHEMES["fp8"]))
 
 
-def test_layers_that_tensorrt_llm_fuses_share_the_fp8_range_of_their_int4_weights(llama: Path) -> None:
-    model, _ = snapped(llama, RECIPES["w4a8_awq"])
-    for group in (
-        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        ("mlp.gate_proj", "mlp.up_proj"),
-    ):
-        ranges = {model.model.layers[1].get_submodule(name).weight_quantizer[1].amax.item() for name in group}
-        assert len(ranges) == 1
+@pytest.mark.parametrize(("scheme", "suffix"), [("w4a8_awq", "weight_scale_2"), ("fp8", "weight_scale")])
+def test_layers_that_tensorrt_llm_fuses_share_their_fp8_scale(
+    llama: Path, tmp_path: Path, scheme: str, suffix: str
+) -> None:
+    run(Context({**PARAMS, "scheme": scheme}, {"checkpoint": llama}, tmp_path))
+    tensors = CheckpointTensors(tmp_path)
+    for layer in (0, 1):
+        for block, parts in (
+            ("self_attn", ("q_proj", "k_proj", "v_proj")),
+            ("mlp", ("gate_proj", "up_proj")),
+        ):
+            names = [f"model.layers.{layer}.{block}.{part}.{suffix}" for part in parts]
+            assert len({float(tensors.read(name)) for name in names}) == 1
+
+
+@pytest.mark.parametrize(("scheme", "cache", "least"), [("int8_sq", "int8", 0.0), ("fp8", "fp8", 1.0)])
+def test_keys_and_values_share_their_cache_scale(
+    llama: Path, tmp_path: Path, scheme: str, cache: str, least: float
+) -> None:
+    run(Context({**PARAMS, "scheme": scheme, "kv_cache": cache}, {"checkpoint": llama}, tmp_path))
+    tensors = CheckpointTensors(tmp_path)
+    for layer in (0, 1):
+        scales = {
+            float(tensors.read(f"model.layers.{layer}.self_attn.{part}_proj.{part}_scale")) for part in "kv"
+        }
+        assert len(scales) == 1
+        assert scales.pop() >= least
+
+
+@pytest.mark.parametrize("scheme", ["int4_awq", "w4a8_awq"])
+def test_group_scales_survive_the_dtype_that_tensorrt_llm_loads_them_in(
+    llama: Path, tmp_path: Path, scheme: str
+) -> None:
+    run(Context({**PARAMS, "scheme": scheme}, {"checkpoint": llama}, tmp_path))
+    tensors = CheckpointTensors(tmp_path)
+    for name in tensors.names():
+        if name.endswith("weight_scale"):
+            scale = read_tensor(tensors, name)
+            assert torch.equal(scale.to(torch.bfloat16).to(scale.dtype), scale), name
 
 
 @pytest.mark.parametrize("scheme", ["int8_sq", "int8_wo", "int4_awq"])

@@ -289,7 +289,7 @@ def one_weight(tensors: dict[str, Any]) -> None:
 
 
 def value_scale(tensors: dict[str, Any]) -> None:
-    tensors["model.layers.1.self_attn.v_proj.v_scale"] *= 0.25
+    tensors["model.layers.1.self_attn.v_proj.v_scale"] *= 0.3
 
 
 def second_scale(tensors: dict[str, Any]) -> None:

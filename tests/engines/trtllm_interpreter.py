@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 from decoder_arithmetic import (
@@ -57,21 +58,20 @@ class CheckpointRefusedError(Exception):
     """TensorRT-LLM would not load this checkpoint, or would ignore a part of it."""
 
 
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """numpy's dtype for a name that TensorRT-LLM or PyTorch uses."""
+    return np.dtype(getattr(ml_dtypes, name, name))
+
+
 class _Rank:
     """The tensors of one rank; every one must be asked for once."""
 
     def __init__(self, path: Path) -> None:
-        import ml_dtypes
-
         if not path.exists():
             raise CheckpointRefusedError(f"{path.name} is missing")
         self._path = path
         self._entries = read_header(path)
         self._asked: set[str] = set()
-        self._numpy = {
-            name: np.dtype(getattr(ml_dtypes, kind) if hasattr(ml_dtypes, kind) else kind)
-            for name, kind in _DTYPES.items()
-        }
 
     def raw(self, name: str) -> npt.NDArray[Any]:
         """Tensor ``name`` as stored."""
@@ -80,7 +80,7 @@ class _Rank:
         self._asked.add(name)
         entry = self._entries[name]
         data = np.fromfile(entry.file, np.uint8, entry.end - entry.begin, offset=entry.begin)
-        return data.view(self._numpy[entry.dtype]).reshape(entry.shape)
+        return data.view(numpy_dtype(_DTYPES[entry.dtype])).reshape(entry.shape)
 
     def floats(self, name: str, shape: tuple[int, ...] | None = None) -> Array:
         """Tensor ``name``, which must be of a floating type, in float64."""
@@ -243,8 +243,8 @@ class Interpreter:
         total = self._all_reduced([layer.product(value) for layer, value in zip(layers, values, strict=True)])
         biases = [np.zeros(1) if layer.bias is None else layer.bias for layer in layers]
         if "AWQ" in (self._quantization.get("quant_algo") or ""):
-            # The group-wise plugin adds the bias before the all-reduce: all but the first rank must have zeros.
-            biases = self._all_reduced(biases)
+            # The group-wise kernel adds the bias before the all-reduce, so loading zeroes it on all but the first rank.
+            biases = [biases[0]] * len(biases)
         return [part + bias for part, bias in zip(total, biases, strict=True)]
 
     def _experts(self, ranks: list[_Rank], name: str, values: list[Array]) -> list[Array]:
@@ -322,6 +322,7 @@ class Interpreter:
         if columns % group:
             raise CheckpointRefusedError(f"{name} has {columns} inputs on a rank, not a multiple of {group}")
         scales = rank.floats(f"{name}.weights_scaling_factor", (rows, columns // group))
+        scales = scales.astype(numpy_dtype(self._config["dtype"])).astype(np.float64)  # As when it is loaded.
         smoothing = np.ones(columns)
         if self._quantization.get("pre_quant_scale", False):
             smoothing = rank.floats(f"{name}.prequant_scaling_factor", (columns,))

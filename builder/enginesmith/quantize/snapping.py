@@ -15,7 +15,7 @@ import torch
 
 from enginesmith.errors import GateError
 from enginesmith.quantize.recipe import is_norm, layers_after_norms
-from enginesmith.torch_models import dequantized_weight, third_party_warnings
+from enginesmith.torch_models import attentions_with_cache, dequantized_weight, third_party_warnings
 
 _ROUND_TRIPS = 8  # Dividing and multiplying again settles after one or two.
 
@@ -25,6 +25,9 @@ def snap(model: Any, layers: Collection[str], *, dtype: Any) -> None:
 
     Runs the fusion of ModelOpt's export, rounds norms and smoothing scales to ``dtype``, scales the weights to
     make up for it, and puts the weights on the grid of their integers. Exporting then changes nothing.
+
+    Layers and caches for which TensorRT-LLM has one scale get one here, and INT4 group scales are rounded to ``dtype``
+    as its loader rounds them, so that an engine computes what was measured.
     """
     from modelopt.torch.export.unified_export_hf import requantize_resmooth_fused_llm_layers
 
@@ -41,8 +44,10 @@ def snap(model: Any, layers: Collection[str], *, dtype: Any) -> None:
             _snap_smoothing(model.get_submodule(name), dtype, name=name)
         for names in consumers.values():
             _share_fp8_range([model.get_submodule(name) for name in names if name in layers])
+        _share_cache_ranges(model)
         _snap_ranges(model)
         for name in layers:
+            _snap_group_scales(model.get_submodule(name), dtype, name=name)
             _snap_weight(model.get_submodule(name))
 
 
@@ -74,20 +79,43 @@ def _snap_smoothing(layer: Any, dtype: Any, *, name: str) -> None:
 
 
 def _share_fp8_range(layers: list[Any]) -> None:
-    """Give layers that read one norm one range for the FP8 values of their INT4 weights (w4a8_awq).
+    """Give layers that read one norm one range for their FP8 weights, or for the FP8 values of their INT4 weights.
 
-    TensorRT-LLM computes them in one product, which has one ``weight_scale_2``.
+    TensorRT-LLM computes them in one product, which has one scale; it would round their codes once more to the largest.
     """
+    shared = [
+        quantizer
+        for layer in layers
+        for quantizer in _weight_quantizers(layer)
+        if quantizer.num_bits == (4, 3)
+    ]
+    if shared:
+        largest = torch.stack([quantizer.amax.reshape(()) for quantizer in shared]).amax()
+        for quantizer in shared:
+            quantizer.amax = largest
+
+
+def _weight_quantizers(layer: Any) -> list[Any]:
+    """The one quantizer of a layer's weight, or the two of w4a8_awq: INT4 groups, then FP8."""
     from modelopt.torch.quantization.nn import SequentialQuantizer
 
-    second = [
-        layer.weight_quantizer[1]
-        for layer in layers
-        if isinstance(layer.weight_quantizer, SequentialQuantizer)
-    ]
-    if second:
-        largest = torch.stack([quantizer.amax for quantizer in second]).amax()
-        for quantizer in second:
+    quantizer = layer.weight_quantizer
+    return list(quantizer) if isinstance(quantizer, SequentialQuantizer) else [quantizer]
+
+
+def _share_cache_ranges(model: Any) -> None:
+    """Give the keys and values of a layer one range, for FP8 of at least the codes' own.
+
+    TensorRT-LLM has one scale for both, and ModelOpt's exporter for it gives an FP8 cache none below 1.
+    """
+    for attention in attentions_with_cache(model).values():
+        quantizers = (attention.k_bmm_quantizer, attention.v_bmm_quantizer)
+        if not all(quantizer.is_enabled for quantizer in quantizers):
+            continue
+        largest = torch.stack([quantizer.amax.reshape(()) for quantizer in quantizers]).amax()
+        if quantizers[0].num_bits == (4, 3):
+            largest = largest.clamp(min=quantizers[0].maxbound)
+        for quantizer in quantizers:
             quantizer.amax = largest
 
 
@@ -110,6 +138,16 @@ def _snap_ranges(model: Any) -> None:
                 break
             amax = stored
         quantizer.amax = amax
+
+
+def _snap_group_scales(layer: Any, dtype: Any, *, name: str) -> None:
+    """Round the scales of INT4 groups to ``dtype``: TensorRT-LLM does when it loads them."""
+    quantizer = _weight_quantizers(layer)[0]
+    if quantizer.num_bits != 4:
+        return
+    scale = quantizer.amax / quantizer.maxbound
+    rounded = _rounded(scale, dtype, name=f"{name}.weight_scale")
+    quantizer.amax = torch.where(rounded == 0, scale, rounded) * quantizer.maxbound
 
 
 def _snap_weight(layer: Any) -> None:
