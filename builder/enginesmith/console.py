@@ -45,7 +45,7 @@ def event_line(event: BuildEvent) -> str | None:
         case _:
             return None
     place = f"[{event.number}/{event.total}]"
-    return f"{place:<7} {event.step.kind:<9}  {event.step.place or '-':<12}  {what}"
+    return f"{place:<7} {event.step.kind:<15}  {event.step.place or '-':<14}  {what}"
 
 
 class _PlainDisplay:

@@ -208,13 +208,13 @@ def test_terminal_shows_the_same_lines_and_what_is_running(
 ) -> None:
     monkeypatch.setenv("TERM", "xterm")
     artifact = Artifact("k", "quantize", tmp_path, {}, {}, {}, 0.0, 14.23, 1)
-    step = Step("quantize", "[wo]", {}, {}, {"tools": {}}, "k")
+    step = Step("quantize", "[wo]", None, {}, {}, {"tools": {}}, "k")
     terminal = _Terminal()
     with build_display(terminal) as on_event:
         on_event(BuildEvent("started", step, 0, 9))
         on_event(BuildEvent("progress", step, 0, 9, fraction=0.5, note="[layer] 3"))
         on_event(BuildEvent("built", step, 1, 9, artifact=artifact))
-    assert "[1/9]   quantize   [wo]          14.2s  0 B" in terminal.getvalue()
+    assert "[1/9]   quantize         [wo]            14.2s  0 B" in terminal.getvalue()
 
 
 def test_work_display_prints_each_note_once_where_there_is_no_terminal() -> None:
@@ -226,6 +226,6 @@ def test_work_display_prints_each_note_once_where_there_is_no_terminal() -> None
 
 
 def test_started_steps_have_no_line_of_their_own() -> None:
-    step = Step("quantize", "wo", {}, {}, {"tools": {}}, "k")
+    step = Step("quantize", "wo", None, {}, {}, {"tools": {}}, "k")
     assert event_line(BuildEvent("started", step, 0, 9)) is None
-    assert event_line(BuildEvent("failed", step, 3, 9)) == "[3/9]   quantize   wo            FAILED"
+    assert event_line(BuildEvent("failed", step, 3, 9)) == "[3/9]   quantize         wo              FAILED"
