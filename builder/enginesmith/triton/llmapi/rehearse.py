@@ -21,7 +21,7 @@ from enginesmith.steps import StepContext
 from enginesmith.targets import LlmApiTarget
 from enginesmith.triton.llmapi.asking import Asking
 from enginesmith.triton.llmapi.options import KV_CACHE_OPTIONS, LLM_OPTIONS
-from enginesmith.triton.llmapi.scenarios import Journal, run_checks
+from enginesmith.triton.llmapi.scenarios import Journal, check_generate, run_checks
 from enginesmith.triton.llmapi.subject import read_subject
 from enginesmith.triton.placement import contents_digest, place_tree, tree_contents
 from enginesmith.triton.rehearsal_report import require_passed
@@ -61,9 +61,10 @@ def run(context: StepContext) -> Mapping[str, Any]:
         context.progress(None, "asking tritonserver")
         asking = Asking(server.grpc_url, model, decoupled=target.streaming)
         checks = run_checks(asking, subject, journal, streaming=target.streaming, instances=target.instances)
+        checks.append(check_generate(server.http_url, model, subject))
         facts = {
             "ready_s": round(ready_s, 3),
-            "requests": asking.requests,
+            "requests": asking.requests + 1,
             "server_version": server.server_version(),
             "played_by": "onnxruntime twin" if engine is not None else "echo",
         }

@@ -7,6 +7,7 @@ A cancelled request must really end: the stand-in's journal says after how many 
 
 from __future__ import annotations
 
+import http.client
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -83,6 +84,26 @@ def run_checks(
         _check_plain("plain again, after all that", ask, subject, 0),
     ]
     return checks
+
+
+def check_generate(http_url: str, model: str, subject: Subject) -> Check:
+    """The first prompt through Triton's ``generate`` endpoint, as the documents tell users to ask."""
+    prompt, expected = subject.prompts[0], subject.answers[0]
+    body = json.dumps({key: _plain(value) for key, value in asked_for(prompt).items()})
+    host, _, port = http_url.partition(":")
+    connection = http.client.HTTPConnection(host, int(port), timeout=_PATIENCE_S)
+    try:
+        connection.request("POST", f"/v2/models/{model}/generate", body)
+        response = connection.getresponse()
+        document = json.loads(response.read())
+    finally:
+        connection.close()
+    seen = str(document.get("text_output", document))
+    return Check("generate over HTTP", body, expected, seen, response.status == 200 and seen == expected)
+
+
+def _plain(value: Any) -> Any:
+    return value.decode() if isinstance(value, bytes) else value
 
 
 def asked_for(prompt: str, **inputs: Any) -> dict[str, Any]:

@@ -176,7 +176,7 @@ class TritonPythonModel:
             raise ValueError(f"the prompt has {prompt_tokens} tokens; this model accepts at most {limit}")
         wanted = asked.max_tokens or self._settings.default_max_tokens
         longest = self._settings.max_sequence_length
-        return wanted if longest is None else min(wanted, int(longest) - prompt_tokens)
+        return int(wanted if longest is None else min(wanted, longest - prompt_tokens))
 
     def _stop(self, stopper: Running) -> None:
         """End the running requests that have the id of ``stopper``, which itself gets an empty answer."""
