@@ -61,7 +61,7 @@ def change(source: Path, edit: Callable[[dict[str, torch.Tensor]], Any]) -> None
             replace(MIXTRAL, ffn=46),
             Mapping(4),
             "4 does not divide the model's experts' intermediate size 46",
-            "2, 4",
+            "fits: 2",
         ),
     ],
 )

@@ -257,3 +257,32 @@ def test_experts_in_an_algorithm_without_kernels_are_refused(tmp_path: Path, alg
     source = random_checkpoint(tmp_path / "source", replace(MIXTRAL, algorithm=algorithm))
     with pytest.raises(SourceError, match=f"cannot run experts quantized with {algorithm}; supported .*FP8"):
         converted(source, tmp_path)
+
+
+def expert_layers(geometry: Geometry) -> list[str]:
+    """The modules of every expert that is chosen."""
+    return [
+        module
+        for layer in range(geometry.layers)
+        for number in range(geometry.experts)
+        for module in geometry.expert(layer, number).values()
+    ]
+
+
+def test_experts_left_in_16_bits_are_excluded_as_one_module(tmp_path: Path) -> None:
+    source = random_checkpoint(tmp_path / "source", replace(MIXTRAL, algorithm="FP8"))
+    without(source, expert_layers(MIXTRAL), ["*.experts.*"])
+    config, [rank] = load_ranks(converted(source, tmp_path))
+    excluded = config["quantization"]["exclude_modules"]
+    assert [name for name in excluded if name.endswith(".mlp")] == [
+        f"transformer.layers.{n}.mlp" for n in range(3)
+    ]
+    assert rank["transformer.layers.0.mlp.fc.weight"].dtype == torch.bfloat16
+    assert rank["transformer.layers.0.attention.qkv.weight"].dtype == torch.float8_e4m3fn
+
+
+def test_experts_left_in_16_bits_beside_a_shared_expert_are_refused(tmp_path: Path) -> None:
+    source = random_checkpoint(tmp_path / "source", replace(QWEN2_MOE, algorithm="FP8"))
+    without(source, expert_layers(QWEN2_MOE), ["*.experts.*"])
+    with pytest.raises(SourceError, match="cannot leave the experts of Qwen2MoeForCausalLM in 16 bits"):
+        converted(source, tmp_path)
