@@ -9,6 +9,7 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from enginesmith.engines.tensorrt_llm.mapping import Mapping as RankMapping
@@ -59,7 +60,7 @@ def check_fit(
         _check_heads(target, config_size(hf_config, "num_attention_heads"), None)
         _require_memory(spec, target, _deepseek_bytes(hf_config), "the checkpoint: at least ")
         return
-    path = spec.resolve(spec.source.path or ".") / "config.json"
+    path = Path("config.json")  # For messages; where it lies is the source's business.
     dimensions = dimensions_of(hf_config, architecture, path)
     _check_heads(target, dimensions.heads, dimensions.kv_heads)
     _check_widths(target, dimensions)
@@ -71,6 +72,8 @@ def check_fit(
             _check_expert_scheme(target, name, variant)
         weight_bytes = variant_bytes(architecture, dimensions, variant)
         _require_memory(spec, target, weight_bytes, f"variant {name}: ")
+    if isinstance(target, TensorRtLlmTarget):
+        _check_conversion(target, variants, hf_config)
 
 
 def variant_bytes(architecture: str, dimensions: Dimensions, variant: Variant) -> int:
@@ -237,7 +240,8 @@ def _check_groups(target: GpuTarget, name: str, variant: Variant, dimensions: Di
     for layer, width, ways in rows:
         block = "self_attn" if layer == "o_proj" else "mlp"
         modules = [f"model.layers.{index}.{block}.{layer}" for index in range(dimensions.layers)]
-        if (width // ways) % group == 0 or _all_excluded(modules, variant):
+        left_out = isinstance(target, LlmApiTarget) and _all_excluded(modules, variant)
+        if (width // ways) % group == 0 or left_out:
             continue
         legal = [str(size) for size in GROUP_SIZES if all((wide // cut) % size == 0 for _, wide, cut in rows)]
         tensors = [
@@ -247,11 +251,34 @@ def _check_groups(target: GpuTarget, name: str, variant: Variant, dimensions: Di
         ]
         ways_out = [f"group_size {' or '.join(legal)}"] if legal else []
         ways_out += [f"parallelism.tensor {' or '.join(tensors)}"] if tensors else []
+        if isinstance(target, LlmApiTarget):
+            ways_out.append(f"exclude '*.{layer}'")
         raise SpecError(
             f"variant {name}: on target {target.name} each of {ways} GPUs has {width // ways} inputs of {layer}, no multiple of "
             f"group_size {group}",
-            hint="; ".join([*ways_out, f"or exclude '*.{layer}'"]),
+            hint="; ".join(ways_out) or "another scheme",
         )
+
+
+def _check_conversion(
+    target: TensorRtLlmTarget, variants: Mapping[str, Variant], hf_config: Mapping[str, Any]
+) -> None:
+    """Ask the converter itself, so that ``plan`` passes nothing that ``convert`` refuses for its shapes or its RoPE."""
+    from enginesmith.engines.tensorrt_llm.decoder import decoder_from_config
+    from enginesmith.engines.tensorrt_llm.quantization import WEIGHT_DTYPES, Quantization
+    from enginesmith.engines.tensorrt_llm.splits import check_splits
+
+    decoder = decoder_from_config(hf_config, Path())
+    mapping = RankMapping(**target.parallelism.model_dump())
+    for variant in variants.values():
+        scheme = SCHEMES[variant.scheme]
+        quantization = Quantization(
+            algorithm=next((name for name in WEIGHT_DTYPES if name == scheme.quant_algo), "none"),
+            kv_algorithm=None,
+            group_size=variant.effective_group_size or 0,
+            excluded=frozenset(() if variant.lm_head == "scheme" else ("lm_head",)),
+        )
+        check_splits(decoder, quantization, mapping)
 
 
 def _all_excluded(modules: list[str], variant: Variant) -> bool:

@@ -53,6 +53,7 @@ MIXTRAL: Document = LLAMA_8B | {
 QWEN2_MOE: Document = LLAMA_8B | {
     "architectures": ["Qwen2MoeForCausalLM"],
     "num_experts": 60,
+    "num_experts_per_tok": 4,
     "moe_intermediate_size": 1408,
     "shared_expert_intermediate_size": 5632,
     "num_attention_heads": 16,
@@ -165,7 +166,7 @@ WITH_MODEL: dict[str, tuple[Document, Document, Document, str]] = {
     "experts that cannot be shared out": (QWEN2_MOE, {"parallelism": {"tensor": 8, "expert": 8}}, {"scheme": "none"}, "expert parallelism 8 does not divide the model's 60 experts.*parallelism.expert 1 or 2 or 4 with tensor 8"),
     "experts too narrow for TP": (QWEN2_MOE | {"moe_intermediate_size": 1412}, {"parallelism": {"tensor": 8}}, {"scheme": "none"}, "experts' intermediate_size of 1412 cannot be split into 8.*or more expert parallelism"),
     "smoothquant of experts": (MIXTRAL, {"parallelism": {"tensor": 2}}, {"scheme": "int8_sq"}, "no int8_sq for mixtures of experts"),
-    "AWQ groups cut by TP": (LLAMA_8B | {"intermediate_size": 11008}, {"parallelism": {"tensor": 4}}, AWQ, r"each of 4 GPUs has 2752 inputs of down_proj, no multiple of group_size 128.*group_size 32 or 64; parallelism.tensor 1 or 2; or exclude '\*\.down_proj'"),
+    "AWQ groups cut by TP": (LLAMA_8B | {"intermediate_size": 11008}, {"parallelism": {"tensor": 4}}, AWQ, r"each of 4 GPUs has 2752 inputs of down_proj, no multiple of group_size 128.*group_size 32 or 64; parallelism.tensor 1 or 2$"),
     "AWQ groups of attention cut by TP": (LLAMA_8B | {"hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3, "intermediate_size": 1536}, {"parallelism": {"tensor": 3}}, {"scheme": "int4_awq", "group_size": 128}, "192 inputs of o_proj"),
     "exclusions of one stage only": (LLAMA_8B, {"parallelism": {"pipeline": 2}}, {"scheme": "fp8", "exclude": ["model.layers.0.*"]}, "counts the layers of each from 0.*parallelism.pipeline 1"),
     "exclusion of a third of a fused layer": (LLAMA_8B, {}, {"scheme": "fp8", "exclude": ["*.q_proj"]}, r"makes one layer of them.*exclude self_attn.k_proj, self_attn.v_proj too"),
@@ -304,6 +305,15 @@ def test_what_passes_can_be_cut(heads: int, share: int, tensor: int, pipeline: i
         assert not legal
     else:
         assert legal
+
+
+def test_plan_refuses_what_the_converter_would_refuse() -> None:
+    yarn = {"rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}}
+    with pytest.raises(
+        SourceError, match=r"^config\.json: RoPE scaling 'yarn' is not supported in TensorRT-LLM engines"
+    ):
+        check_targets(make_spec({}), LLAMA_8B | yarn)
+    check_targets(make_spec(LLMAPI), LLAMA_8B | yarn)
 
 
 def test_plan_and_build_judge_targets_through_one_door() -> None:
