@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from enginesmith.spec import Serving
 from enginesmith.targets import TensorRtLlmTarget
 from enginesmith.triton.config import config_text, parse_config
 from enginesmith.triton.trtllm.configs import PARTS, Deployment, deployment_configs
+from enginesmith.triton.trtllm.wiring import wiring_problems
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "trtllm"
 SPECS: dict[str, dict[str, Any]] = {
@@ -73,23 +75,42 @@ def test_configs_equal_their_golden_files(spec: str, part: str) -> None:
 
 
 @pytest.mark.parametrize("spec", SPECS)
-def test_every_tensor_of_the_ensemble_fits_the_models_that_it_connects(spec: str) -> None:
+def test_the_models_fit_together(spec: str) -> None:
     configs = deployment_configs(deployment(**SPECS[spec]))
-    by_name = {config.name: config for config in configs.values()}
-    ensemble = configs["ensemble"]
-    types: dict[str, int] = {tensor.name: tensor.data_type for tensor in ensemble.input}
-    for step in ensemble.ensemble_scheduling.step:
-        model = by_name[step.model_name]
-        inputs = {tensor.name: tensor for tensor in model.input}
-        outputs = {tensor.name: tensor.data_type for tensor in model.output}
-        assert step.input_map.keys() <= inputs.keys()
-        assert {name for name, tensor in inputs.items() if not tensor.optional} <= step.input_map.keys()
-        assert {inputs[name].data_type for name in step.input_map} <= set(types.values())
-        for name, tensor in step.input_map.items():
-            assert types[tensor] == inputs[name].data_type, (step.model_name, name)
-        types |= {tensor: outputs[name] for name, tensor in step.output_map.items()}
-    for tensor in ensemble.output:
-        assert types[tensor.name] == tensor.data_type
+    assert wiring_problems({config.name: config for config in configs.values()}) == []
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "problem"),
+    [
+        (
+            "preprocessing",
+            lambda c: setattr(c.input[0], "data_type", 6),
+            "text_input is TYPE_STRING of ensemble, but",
+        ),
+        (
+            "preprocessing",
+            lambda c: c.input.add(name="MORE", data_type=8),
+            "preprocessing needs MORE and gets none",
+        ),
+        ("postprocessing", lambda c: c.output.pop(), "postprocessing has no output OUTPUT"),
+        ("postprocessing", lambda c: setattr(c, "name", "p"), "the model postprocessing, which is not in"),
+        (
+            "ensemble",
+            lambda c: c.output.add(name="more", data_type=8),
+            "output more is TYPE_INT32, nothing gives it",
+        ),
+        (
+            "ensemble",
+            lambda c: c.input.pop(0),
+            "nothing gives text_input, which preprocessing takes as QUERY",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_named(part: str, change: Callable[[Any], Any], problem: str) -> None:
+    configs = deployment_configs(deployment({}))
+    change(configs[part])
+    assert problem in "; ".join(wiring_problems({config.name: config for config in configs.values()}))
 
 
 @pytest.mark.parametrize("part", PARTS)

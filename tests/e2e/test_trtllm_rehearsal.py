@@ -112,8 +112,8 @@ FAULTS: dict[str, tuple[Callable[[Path], None], type[EnginesmithError], str]] = 
             'name: "TOKENS_BATCH"\n  data_type: TYPE_INT32',
             'name: "TOKENS_BATCH"\n  data_type: TYPE_INT64',
         ),
-        ServerError,
-        "TOKENS_BATCH",
+        GateError,
+        "_TOKENS_BATCH is TYPE_INT32 of tensorrt_llm, but postprocessing takes TOKENS_BATCH as TYPE_INT64",
     ),
     "a placeholder": (
         edited(

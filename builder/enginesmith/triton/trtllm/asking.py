@@ -146,7 +146,9 @@ def _stream(
 def _answer(results: Sequence[Any]) -> Answer:
     texts = []
     for result in results:
-        text = "|".join(value.decode() for value in result.as_numpy("text_output").ravel())
+        # Bytes that are no text must not end the rehearsal but differ from what is expected.
+        values = [value.decode(errors="backslashreplace") for value in result.as_numpy("text_output").ravel()]
+        text = "|".join(values)
         row = result.as_numpy("batch_index")
         texts.append(text if row is None else f"{int(row.ravel()[0])}: {text}")
     counts = [

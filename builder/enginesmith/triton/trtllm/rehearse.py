@@ -23,7 +23,7 @@ from enginesmith.errors import GateError
 from enginesmith.spec import Serving
 from enginesmith.steps import StepContext
 from enginesmith.targets import TensorRtLlmTarget
-from enginesmith.triton.config import config_text, parse_config
+from enginesmith.triton.config import config_text
 from enginesmith.triton.placement import contents_digest, place_file, place_tree, tree_contents, tree_files
 from enginesmith.triton.rehearsal_report import Check, require_passed
 from enginesmith.triton.server import TritonServer, find_server
@@ -32,6 +32,7 @@ from enginesmith.triton.trtllm.configs import PARTS
 from enginesmith.triton.trtllm.placeholders import placeholders
 from enginesmith.triton.trtllm.scenarios import Stage, run_checks
 from enginesmith.triton.trtllm.subject import PROMPTS, Subject, read_limits
+from enginesmith.triton.trtllm.wiring import read_configs, wiring_problems
 
 ENGINE_FILES = ("rank*.engine", "config.json")
 """What the ``package`` step adds to ``tensorrt_llm`` and no rehearsal on a CPU can run."""
@@ -56,6 +57,12 @@ def run(context: StepContext) -> Mapping[str, Any]:
             f"a placeholder is left in the repository: {'; '.join(found)}",
             hint="build the assemble step again",
         )
+    configs = read_configs(repository)
+    if problems := wiring_problems(configs):
+        raise GateError(
+            f"the models of the repository do not fit together: {'; '.join(problems)}",
+            hint="build the assemble step again",
+        )
     engine = context.inputs.get("engine")
     played_by = TWIN if engine else ECHO
     context.progress(None, "asking the engine without a server")
@@ -63,7 +70,8 @@ def run(context: StepContext) -> Mapping[str, Any]:
     subject = Subject(context.inputs["checkpoint"], limits, target, _player(engine, limits))
     served = context.scratch / "repository"
     played = context.scratch / "played.jsonl"
-    _place_with_stand_in(repository, served, target, engine=engine, played=played)
+    stand_in = configs[target.triton_model("tensorrt_llm")]
+    _place_with_stand_in(repository, served, stand_in, engine=engine, played=played)
 
     installation = find_server(str(params.get("server") or "auto"))
     started = time.monotonic()
@@ -76,7 +84,7 @@ def run(context: StepContext) -> Mapping[str, Any]:
         server.wait_ready(on_progress=context.progress)
         ready_s = time.monotonic() - started
         entries = {
-            target.triton_model(part): _read_config(repository, target.triton_model(part))
+            target.triton_model(part): configs[target.triton_model(part)]
             for part in ("ensemble", "tensorrt_llm_bls")
         }
         ask = Asking(server.grpc_url, server.http_url, entries=entries, decoupled=target.streaming)
@@ -92,6 +100,7 @@ def run(context: StepContext) -> Mapping[str, Any]:
                     accumulates=target.accumulate_tokens,
                     may_turn_away=_may_turn_away(serving),
                     played=played,
+                    cancellation_period_s=target.cancellation_check_period_ms / 1000,
                 )
             )
         facts = {
@@ -122,15 +131,14 @@ def _player(engine: Path | None, limits: Mapping[str, Any]) -> Any:
 
 
 def _place_with_stand_in(
-    repository: Path, served: Path, target: TensorRtLlmTarget, *, engine: Path | None, played: Path
+    repository: Path, served: Path, config: ModelConfig, *, engine: Path | None, played: Path
 ) -> None:
     """The repository once more, with a model that plays the engine."""
     place_tree(repository, served)
-    model = served / target.triton_model("tensorrt_llm")
-    config = stand_in_config(_read_config(repository, model.name))
+    model = served / config.name
     # The file is a link to the rehearsed one, which must stay as it is.
     (model / "config.pbtxt").unlink()
-    (model / "config.pbtxt").write_text(config_text(config), encoding="utf-8")
+    (model / "config.pbtxt").write_text(config_text(stand_in_config(config)), encoding="utf-8")
     folder = importlib.resources.files("enginesmith.triton.models") / "trtllm_twin"
     with importlib.resources.as_file(folder) as sources:
         for file in tree_files(sources):
@@ -152,11 +160,6 @@ def stand_in_config(config: ModelConfig) -> ModelConfig:
     del played.instance_group[:]
     played.instance_group.add(kind=pb.ModelInstanceGroup.KIND_CPU, count=1)
     return played
-
-
-def _read_config(repository: Path, model: str) -> ModelConfig:
-    path = repository / model / "config.pbtxt"
-    return parse_config(path.read_text(encoding="utf-8"), origin=str(path))
 
 
 def _may_turn_away(serving: Serving) -> bool:

@@ -37,6 +37,7 @@ class Stage:
     may_turn_away: bool
     played: Path
     """Where the stand-in for the engine writes down how each generation ended."""
+    cancellation_period_s: float
 
     def send(
         self,
@@ -288,13 +289,14 @@ def _cancelled(stage: Stage) -> Iterator[Check]:
     request_id = f"{_HOLD if stage.whole_characters else 'rehearse'}:cancel:{stage.model}"
     room = 64
     stage.send(prompt, {**_STREAM, "max_tokens": (room,)}, request_id=request_id, cancel_after=1)
-    ended = _how_it_ended(stage.played, request_id)
+    timeout_s = _END_TIMEOUT_S + 3 * stage.cancellation_period_s
+    ended = _how_it_ended(stage.played, request_id, timeout_s=timeout_s)
     if stage.whole_characters:
         yield stage.fact(
             "cancelled",
             f"{prompt}, cancelled after the first response",
             "the generation ends",
-            seen=ended or f"still running after {_END_TIMEOUT_S:g} s",
+            seen=ended or f"still running after {timeout_s:g} s",
             passed=ended.startswith("cancelled"),
         )
     else:
@@ -302,15 +304,15 @@ def _cancelled(stage: Stage) -> Iterator[Check]:
             "client goes away",
             f"{prompt}, cancelled after the first response",
             "the generation ends, now or by itself",
-            seen=ended or f"still running after {_END_TIMEOUT_S:g} s",
+            seen=ended or f"still running after {timeout_s:g} s",
             passed=bool(ended),
         )
     yield _plain(stage, "plain after a cancelled request")
 
 
-def _how_it_ended(played: Path, request_id: str) -> str:
+def _how_it_ended(played: Path, request_id: str, *, timeout_s: float) -> str:
     """Waits for the stand-in to say how the generation of that request ended; empty when it does not."""
-    deadline = time.monotonic() + _END_TIMEOUT_S
+    deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         lines = played.read_text(encoding="utf-8").splitlines() if played.exists() else []
         for line in lines:

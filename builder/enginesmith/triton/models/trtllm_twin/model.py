@@ -20,12 +20,14 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
+from enginesmith.triton.models.trtllm_text.text_pieces import read_parameters
 from enginesmith.triton.models.trtllm_twin.play import Echo, Player, Step, Task, Twin
 from enginesmith.triton.models.trtllm_twin.request import Limits, NotServedError, read_flag, read_tasks
 
 _FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 _HOLD_AFTER_TOKENS = 3
-_HOLD_TIMEOUT_S = 20.0
+_HOLD_TIMEOUT_S = 5.0
+"""Beyond the time in which a cancellation must be seen."""
 _HOLD_POLL_S = 0.01
 
 
@@ -40,7 +42,10 @@ class TritonPythonModel:
         self._limits = Limits(limits["max_input_len"], limits["max_seq_len"], limits["vocab_size"])
         config = json.loads(args["model_config"])
         self._decoupled = pb_utils.using_decoupled_model_transaction_policy(config)
-        self._exclude_input = config["parameters"]["exclude_input_in_output"]["string_value"] == "true"
+        parameters = read_parameters(args["model_config"])
+        self._exclude_input = parameters["exclude_input_in_output"] == "true"
+        period_s = int(parameters["cancellation_check_period_ms"]) / 1000
+        self._hold_timeout_s = _HOLD_TIMEOUT_S + 2 * period_s
         self._player: Player = Echo()
         if settings["played_by"] != "echo":
             self._player = Twin(version, capacity=self._limits.max_seq_len, threads=settings["threads"])
@@ -111,7 +116,7 @@ class TritonPythonModel:
                 ended = "complete"
                 break
             if job.told("hold") and len(done) == _HOLD_AFTER_TOKENS:
-                job.wait_cancelled()
+                job.wait_cancelled(self._hold_timeout_s)
             if job.cancelled():
                 break
         steps.close()  # type: ignore[attr-defined]
@@ -185,9 +190,9 @@ class _Job:
         """Whether its client went away, or a request with ``stop`` named it."""
         return self.stop.is_set() or bool(self.sender.is_cancelled())
 
-    def wait_cancelled(self) -> None:
+    def wait_cancelled(self, timeout_s: float) -> None:
         """Return when it was cancelled, or after a while."""
-        deadline = time.monotonic() + _HOLD_TIMEOUT_S
+        deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline and not self.sender.is_cancelled():
             if self.stop.wait(_HOLD_POLL_S):
                 return
