@@ -86,7 +86,8 @@ def load_model(directory: Path) -> Any:
     """The model of a checkpoint, float32, in evaluation mode: as it is, or fake-quantized where it is quantized.
 
     Raises:
-        SourceError: tensors are missing or unknown, or the quantization is of a kind that is not supported.
+        SourceError: tensors are missing or unknown, or the quantization is of a kind that is not supported: another
+            scheme, or experts.
         ToolchainError: the checkpoint is quantized and ModelOpt has another version.
     """
     tensors = CheckpointTensors(directory)
@@ -96,6 +97,11 @@ def load_model(directory: Path) -> Any:
             _copy_tensors(model, tensors, skip=())
             return model
         require_modelopt()
+        if hasattr(model.config, "num_experts_per_tok"):
+            raise SourceError(
+                f"checkpoint {directory} has quantized experts, which PyTorch cannot be given back as a reference",
+                hint="give the unquantized checkpoint of this mixture of experts, with scheme none",
+            )
         scheme = _scheme_of(tensors)
         layers = [
             name.removesuffix(".weight_scale") for name in tensors.names() if name.endswith(".weight_scale")

@@ -246,3 +246,11 @@ def test_logits_that_are_not_finite_stop_the_reference(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     with pytest.raises(GateError, match="not finite at 124 of 124 positions, first at position 0"):
         run(Context(PARAMS, {"checkpoint": tmp_path / "in", "tokenizer": tmp_path / "in"}, tmp_path / "out"))
+
+
+def test_quantized_experts_are_one_clear_error(tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint(tmp_path, architecture="MixtralForCausalLM")
+    document = {"quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": None}}
+    (checkpoint / "hf_quant_config.json").write_text(json.dumps(document))
+    with pytest.raises(SourceError, match=r"has quantized experts.*\n.*scheme none"):
+        load_model(checkpoint)

@@ -172,7 +172,7 @@ def test_ranks_of_every_scheme_compute_what_the_source_computes(
     assert relative_error(seen, workshop.logits("llama", scheme)) <= TOLERANCE
 
 
-@pytest.mark.parametrize("mapping", MAPPINGS)
+@pytest.mark.parametrize("mapping", ["tp2", "tp4", "pp2", "tp2-pp2"])
 @pytest.mark.parametrize("model", [name for name in MODELS if name != "llama"])
 def test_ranks_of_every_architecture_compute_what_the_source_computes(
     model: str, mapping: str, workshop: Workshop, tmp_path: Path
