@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,14 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "builder"))
 
 from trtllm_deployment import Context, assembled, deployment, step_params
 
+import enginesmith
 from enginesmith.engines.onnxruntime import lower
 from enginesmith.errors import EnginesmithError, GateError, ServerError
 from enginesmith.triton.placement import contents_digest, tree_contents
+from enginesmith.triton.server import TritonServer
 from enginesmith.triton.trtllm import rehearse
+from enginesmith.triton.trtllm.asking import Asking
+from enginesmith.triton.trtllm.wiring import read_configs
 
 pytestmark = [pytest.mark.server, pytest.mark.model]
 
@@ -88,6 +93,33 @@ def test_a_deployment_without_streams_passes_and_refuses_them(tmp_path: Path, bu
     document = run_rehearsal(tmp_path / "rehearse", built, repository=repository, **params)
     (stream,) = [check for check in document["checks"] if check["name"] == "tensorrt_llm_bls: stream"]
     assert "decoupled" in stream["seen"]
+
+
+def test_watching_for_clients_that_go_away_never_touches_a_request_that_ended(
+    tmp_path: Path, built: Built
+) -> None:
+    """Asking tritonserver 2.51 whether an ended request was cancelled crashes it; here BLS asks all the time."""
+    params = step_params({"cancellation_check_period_ms": 1})
+    repository = assembled(tmp_path, built.checkpoint, params)
+    configs = read_configs(repository)
+    served = tmp_path / "served"
+    rehearse.place_with_stand_in(
+        repository, served, configs["tensorrt_llm"], engine=built.engine, played=tmp_path / "played"
+    )
+    sources = Path(enginesmith.__file__).parents[1]
+    with TritonServer(served, python_path=[sources]) as server:
+        server.wait_ready()
+        ask = Asking(server.grpc_url, server.http_url, entries=configs, decoupled=True)
+
+        def one(number: int) -> str | None:
+            inputs = {"max_tokens": (2,), "stream": (number % 2 == 0,)}
+            prompt = b"hello" if number % 5 else b"\xff"
+            return ask("tensorrt_llm_bls", prompt, inputs=inputs).refusal
+
+        with ThreadPoolExecutor(6) as pool:
+            refusals = list(pool.map(one, range(200)))
+        assert server.server_version()
+    assert [number for number, refusal in enumerate(refusals) if refusal] == list(range(0, 200, 5))
 
 
 def edited(path: str, old: str, new: str) -> Callable[[Path], None]:

@@ -66,30 +66,41 @@ def run(context: StepContext) -> Mapping[str, Any]:
         "toolchain": target.toolchain,
         "quantization": converted.get("quantization", {}),
     }
-    for part, config in deployment_configs(deployment).items():
+    configs = deployment_configs(deployment)
+    for part, config in configs.items():
         version = context.out / config.name / "1"
         version.mkdir(parents=True)
         text = config_text(config)
         assert parse_config(text) == config
         (context.out / config.name / "config.pbtxt").write_text(text, encoding="utf-8")
-        _write_code(part, version)
-        if part in _TOKENIZER_USERS:
-            _place_tokenizer(checkpoint, version)
-        if part in ("preprocessing", "tensorrt_llm"):
-            _write_json(version / LIMITS_FILE, limits)
-        if part == "ensemble":
-            _write_json(version / DEPLOYMENT_FILE, described)
+        _fill_version(part, version, checkpoint=checkpoint, limits=limits, described=described)
     if found := placeholders(context.out):
         raise SpecError(
             f"a placeholder is left in the repository: {'; '.join(found)}",
             hint="no value of the spec may hold ${: Triton and the backend do not fill it in",
         )
-    names = [target.triton_model(part) for part in deployment_configs(deployment)]
     return {
-        "models": names,
+        "models": [config.name for config in configs.values()],
         "files": sum(1 for _ in tree_files(context.out)),
         "repository_path": repository_path,
     }
+
+
+def _fill_version(
+    part: str,
+    version: Path,
+    *,
+    checkpoint: Path,
+    limits: Mapping[str, Any],
+    described: Mapping[str, Any],
+) -> None:
+    _write_code(part, version)
+    if part in _TOKENIZER_USERS:
+        _place_tokenizer(checkpoint, version)
+    if part in ("preprocessing", "tensorrt_llm"):
+        _write_json(version / LIMITS_FILE, limits)
+    if part == "ensemble":
+        _write_json(version / DEPLOYMENT_FILE, described)
 
 
 def _limits(

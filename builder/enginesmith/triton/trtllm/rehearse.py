@@ -39,6 +39,7 @@ ENGINE_FILES = ("rank*.engine", "config.json")
 TWIN, ECHO = "onnxruntime twin", "echo"
 # tritonserver 2.51 counts a cancelled request of an ensemble as running for ever and waits for it when it ends.
 _EXIT_TIMEOUT_S = 2
+_ENTRIES = ("ensemble", "tensorrt_llm_bls")
 _TWIN_FILES = ("model.onnx", "weights.bin", "engine.json")
 
 
@@ -52,62 +53,30 @@ def run(context: StepContext) -> Mapping[str, Any]:
     params, repository = context.params, context.inputs["repository"]
     target = TensorRtLlmTarget.model_validate_json(json.dumps(params["target"]))
     serving = Serving.model_validate_json(json.dumps(params["serving"]))
-    if found := placeholders(repository):
-        raise GateError(
-            f"a placeholder is left in the repository: {'; '.join(found)}",
-            hint="build the assemble step again",
-        )
     configs = read_configs(repository)
-    if problems := wiring_problems(configs):
-        raise GateError(
-            f"the models of the repository do not fit together: {'; '.join(problems)}",
-            hint="build the assemble step again",
-        )
+    _require_sound(repository, configs)
     engine = context.inputs.get("engine")
-    played_by = TWIN if engine else ECHO
     context.progress(None, "asking the engine without a server")
     limits = read_limits(repository, target)
     subject = Subject(context.inputs["checkpoint"], limits, target, _player(engine, limits))
-    served = context.scratch / "repository"
-    played = context.scratch / "played.jsonl"
+    served, played = context.scratch / "repository", context.scratch / "played.jsonl"
     stand_in = configs[target.triton_model("tensorrt_llm")]
-    _place_with_stand_in(repository, served, stand_in, engine=engine, played=played)
-
-    installation = find_server(str(params.get("server") or "auto"))
+    place_with_stand_in(repository, served, stand_in, engine=engine, played=played)
     started = time.monotonic()
-    # The stand-in imports enginesmith; nothing else in the repository may need it.
-    sources = Path(enginesmith.__file__).parents[1]
-    arguments = [f"--exit-timeout-secs={_EXIT_TIMEOUT_S}"]
-    with TritonServer(
-        served, installation=installation, python_path=[sources], extra_args=arguments
-    ) as server:
+    with _server(served, str(params.get("server") or "auto")) as server:
         server.wait_ready(on_progress=context.progress)
         ready_s = time.monotonic() - started
-        entries = {
-            target.triton_model(part): configs[target.triton_model(part)]
-            for part in ("ensemble", "tensorrt_llm_bls")
-        }
+        entries = {target.triton_model(part): configs[target.triton_model(part)] for part in _ENTRIES}
         ask = Asking(server.grpc_url, server.http_url, entries=entries, decoupled=target.streaming)
         checks: list[Check] = []
-        for model in entries:
-            context.progress(None, f"asking {model} in tritonserver")
-            checks += run_checks(
-                Stage(
-                    model=model,
-                    ask=ask,
-                    subject=subject,
-                    whole_characters=model == target.triton_model("tensorrt_llm_bls"),
-                    accumulates=target.accumulate_tokens,
-                    may_turn_away=_may_turn_away(serving),
-                    played=played,
-                    cancellation_period_s=target.cancellation_check_period_ms / 1000,
-                )
-            )
+        for part in _ENTRIES:
+            context.progress(None, f"asking {part} in tritonserver")
+            checks += run_checks(_stage(part, ask, subject, target=target, serving=serving, played=played))
         facts = {
             "ready_s": round(ready_s, 3),
             "requests": ask.requests,
             "server_version": server.server_version(),
-            "played_by": played_by,
+            "played_by": TWIN if engine else ECHO,
         }
     require_passed(str(params["model_name"]), checks)
     rehearsal = {
@@ -116,12 +85,52 @@ def run(context: StepContext) -> Mapping[str, Any]:
         "model": str(params["model_name"]),
         "models": [target.triton_model(part) for part in PARTS],
         "package_digest": contents_digest(tree_contents(repository)),
-        "not_rehearsed": [f"{target.triton_model('tensorrt_llm')}/1/{name}" for name in ENGINE_FILES],
+        "not_rehearsed": [f"{stand_in.name}/1/{name}" for name in ENGINE_FILES],
         "checks": [asdict(check) for check in checks],
         **facts,
     }
     (context.out / "rehearsal.json").write_text(json.dumps(rehearsal, indent=1) + "\n", encoding="utf-8")
     return facts
+
+
+def _require_sound(repository: Path, configs: Mapping[str, ModelConfig]) -> None:
+    """What can be known without a server."""
+    if found := placeholders(repository):
+        raise GateError(
+            f"a placeholder is left in the repository: {'; '.join(found)}",
+            hint="build the assemble step again",
+        )
+    if problems := wiring_problems(configs):
+        raise GateError(
+            f"the models of the repository do not fit together: {'; '.join(problems)}",
+            hint="build the assemble step again",
+        )
+
+
+def _server(served: Path, wanted: str) -> TritonServer:
+    # The stand-in imports enginesmith; nothing else in the repository may need it.
+    sources = Path(enginesmith.__file__).parents[1]
+    return TritonServer(
+        served,
+        installation=find_server(wanted),
+        python_path=[sources],
+        extra_args=[f"--exit-timeout-secs={_EXIT_TIMEOUT_S}"],
+    )
+
+
+def _stage(
+    part: str, ask: Asking, subject: Subject, *, target: TensorRtLlmTarget, serving: Serving, played: Path
+) -> Stage:
+    return Stage(
+        model=target.triton_model(part),
+        ask=ask,
+        subject=subject,
+        whole_characters=part == "tensorrt_llm_bls",
+        accumulates=target.accumulate_tokens,
+        may_turn_away=_may_turn_away(serving),
+        played=played,
+        cancellation_period_s=target.cancellation_check_period_ms / 1000,
+    )
 
 
 def _player(engine: Path | None, limits: Mapping[str, Any]) -> Any:
@@ -130,10 +139,14 @@ def _player(engine: Path | None, limits: Mapping[str, Any]) -> Any:
     return Twin(engine, capacity=int(limits["max_seq_len"])) if engine else Echo()
 
 
-def _place_with_stand_in(
+def place_with_stand_in(
     repository: Path, served: Path, config: ModelConfig, *, engine: Path | None, played: Path
 ) -> None:
-    """The repository once more, with a model that plays the engine."""
+    """Put the repository in ``served``, with a model of ``config`` that plays the engine.
+
+    ``engine`` is the artifact of the ``lower`` step, None for an echo. How each generation ended is appended to
+    ``played``, one JSON object a line: ``id``, ``tokens``, ``ended``.
+    """
     place_tree(repository, served)
     model = served / config.name
     # The file is a link to the rehearsed one, which must stay as it is.

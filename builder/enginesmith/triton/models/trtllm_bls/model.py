@@ -136,7 +136,7 @@ class TritonPythonModel:
         at_once = int(parameters["requests_at_once"])
         self._threads = ThreadPoolExecutor(at_once, thread_name_prefix="request")
         self._free = threading.Semaphore(at_once)
-        self._running: dict[str, Any] = {}
+        self._running: dict[str, _Request] = {}
         self._ended = threading.Event()
         period_s = int(parameters["cancellation_check_period_ms"]) / 1000
         self._watcher = threading.Thread(target=self._watch, args=(period_s,), daemon=True)
@@ -157,7 +157,7 @@ class TritonPythonModel:
 
     def _serve(self, request: _Request) -> None:
         """A boundary: whatever goes wrong with one request is its answer, and never the end of the others."""
-        self._running[request.id] = request.sender
+        self._running[request.id] = request
         try:
             self._answer(request)
         except RefusedError as error:
@@ -172,7 +172,7 @@ class TritonPythonModel:
             self._free.release()
 
     def _answer(self, request: _Request) -> None:
-        if request.sender.is_cancelled():
+        if request.cancelled():
             raise PartError(pb_utils.TritonError("cancelled", pb_utils.TritonError.CANCELLED))
         if given := [name for name in _REFUSED if name in request.inputs]:
             raise RefusedError(f"{', '.join(given)}: not served by this deployment")
@@ -247,8 +247,8 @@ class TritonPythonModel:
         while not self._ended.wait(period_s):
             running = dict(self._running)
             told &= running.keys()
-            for request_id, sender in running.items():
-                if request_id not in told and sender.is_cancelled():
+            for request_id, request in running.items():
+                if request_id not in told and request.cancelled():
                     told.add(request_id)
                     self._stop(request_id)
 
@@ -258,7 +258,10 @@ class _Request:
 
     def __init__(self, request: Any) -> None:
         self.inputs = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
-        self.sender = request.get_response_sender()
+        self._sender = request.get_response_sender()
+        # tritonserver 2.51 crashes when it is asked about a request whose last response was sent.
+        self._open = threading.Lock()
+        self._ended = False
         # Two clients may use the same id, and `stop` must end one generation only.
         self.id = f"{request.request_id()}~{uuid.uuid4().hex}"
         self._waiting: Any = None
@@ -282,21 +285,32 @@ class _Request:
             [pb_utils.Tensor(name, array) for name, array in tensors.items()]
         )
         if stream:
-            self.sender.send(response)
+            self._sender.send(response)
         else:
             self._waiting = response
 
+    def cancelled(self) -> bool:
+        """Whether its client went away."""
+        with self._open:
+            return not self._ended and bool(self._sender.is_cancelled())
+
     def fail(self, message: str, code: int) -> None:
         """Send an error as the last response."""
-        error = pb_utils.TritonError(message, code)
-        self.sender.send(pb_utils.InferenceResponse(error=error), flags=_FINAL)
+        self._end(pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code)))
 
     def end(self) -> None:
         """Nothing more comes."""
-        if self._waiting is None:
-            self.sender.send(flags=_FINAL)
-        else:
-            self.sender.send(self._waiting, flags=_FINAL)
+        self._end(self._waiting)
+
+    def _end(self, response: Any) -> None:
+        with self._open:
+            if self._ended:
+                return
+            self._ended = True
+            if response is None:
+                self._sender.send(flags=_FINAL)
+            else:
+                self._sender.send(response, flags=_FINAL)
 
 
 class _Beam:

@@ -94,6 +94,7 @@ class TritonPythonModel:
                 for row, task in enumerate(job.tasks):
                     self._generate(job, row, task)
             except Exception as error:  # noqa: BLE001 - a boundary: the thread must live for the next request
+                pb_utils.Logger.log_error(f"request {job.id}: {error!r}")
                 failure = pb_utils.TritonError(f"the stand-in for the engine failed: {error!r}")
                 job.sender.send(pb_utils.InferenceResponse(error=failure), flags=_FINAL)
             finally:
