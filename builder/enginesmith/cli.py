@@ -15,7 +15,7 @@ from pathlib import Path
 
 import click
 
-from enginesmith import __version__, cli_build, cli_demo, cli_rehearse, cli_serve
+from enginesmith import __version__, cli_build, cli_demo, cli_doctor, cli_rehearse, cli_serve
 from enginesmith.errors import EnginesmithError
 
 
@@ -76,7 +76,8 @@ def commands(context: click.Context, store_root: Path) -> None:
     context.obj = store_root
 
 
-for _verb in (*cli_build.VERBS, *cli_rehearse.VERBS, *cli_serve.VERBS, *cli_demo.VERBS):
+_MODULES = (cli_build, cli_rehearse, cli_serve, cli_demo, cli_doctor)
+for _verb in (verb for module in _MODULES for verb in module.VERBS):
     commands.add_command(_verb)
 
 

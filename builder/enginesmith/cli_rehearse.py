@@ -125,7 +125,6 @@ def _table(rehearsal: Rehearsal) -> Table:
     required=True,
     help="Where the engines will be written.",
 )
-@click.option("--gpus", default="all", show_default=True, help="What docker gives to the container.")
 @JSON_OPTION
 @click.pass_obj
 def trtllm_command(
@@ -135,7 +134,6 @@ def trtllm_command(
     targets: tuple[str, ...],
     *,
     engine_dir: Path,
-    gpus: str,
     as_json: bool,
 ) -> None:
     """Print the shell script that compiles one deployment's engines in NVIDIA's container.
@@ -149,8 +147,7 @@ def trtllm_command(
       enginesmith build models/smollm2-135m-trtllm.yaml --target tp3 --engine-dir /srv/engines --publish /srv/models
     """
     from enginesmith.cli_build import Choice, build_shown, make_plan_of, open_store
-    from enginesmith.engines.tensorrt_llm.compile import plain_arguments
-    from enginesmith.engines.tensorrt_llm.toolchain import container_script
+    from enginesmith.engines.tensorrt_llm.compile import plain_arguments, script_for_another_machine
     from enginesmith.platforms import TOOLCHAINS
 
     store, engine_dir = open_store(store_root), engine_dir.absolute()
@@ -160,19 +157,12 @@ def trtllm_command(
     made = make_plan_of(spec, store, replace(choice, engine_dir=None, goals=frozenset({"convert"})))
     artifacts = build_shown([made], store, jobs=1, keep_going=False).artifacts
     converted = artifacts[compile_.inputs["converted"]].path.absolute()
-    arguments = plain_arguments(compile_.params, converted, engine_dir)
-    toolchain = TOOLCHAINS[compile_.params["target"]["toolchain"]]
     if as_json:
-        print_json(
-            {"image": toolchain.image, "command": ["trtllm-build", *arguments], "checkpoint_dir": converted}
-        )
+        image = TOOLCHAINS[compile_.params["target"]["toolchain"]].image
+        command = ["trtllm-build", *plain_arguments(compile_.params, converted, engine_dir)]
+        print_json({"image": image, "command": command, "checkpoint_dir": converted})
         return
-    click.echo(
-        container_script(
-            arguments, toolchain=toolchain, checkpoint_dir=converted, engine_dir=engine_dir, gpus=gpus
-        ),
-        nl=False,
-    )
+    click.echo(script_for_another_machine(compile_.params, converted, engine_dir), nl=False)
 
 
 VERBS = (rehearse, trtllm_command)

@@ -18,6 +18,7 @@ from enginesmith.checks import check_legal, read_hf_config
 from enginesmith.digests import source_digest
 from enginesmith.errors import SpecError
 from enginesmith.explain import Explanation, explain_step, place_of
+from enginesmith.legality import check_targets
 from enginesmith.platforms import TOOLCHAINS
 from enginesmith.spec import ModelSpec
 from enginesmith.step_params import (
@@ -155,6 +156,7 @@ def make_plan(
     known = [target.name for target in spec.targets]
     if unknown := [name for name in targets or () if name not in known]:
         raise SpecError(f"{spec.name} has no target {', '.join(unknown)}; it has: {', '.join(known)}")
+    check_targets(spec)  # What no checkpoint could make legal, before anything is looked up.
     steps = _Planner(spec, store, kinds, server=server, engine_dir=engine_dir).plan(chosen, targets)
     plan = Plan(spec, steps if goals is None else _needed_for(goals, steps), steps)
     if not plan.variants:
@@ -296,14 +298,8 @@ class _Planner:
             {"repository": repository, "checkpoint": made.fetch, **made.as_engine()},
             place=place,
         )
-        toolchain = TOOLCHAINS.get(target.toolchain)  # An unknown one is refused when the plan is complete.
-        compile_ = compile_params(
-            spec,
-            target,
-            self._store,
-            version=toolchain.tensorrt_llm if toolchain else "unknown",
-            engine_dir=self._engine_dir,
-        )
+        version = TOOLCHAINS[target.toolchain].tensorrt_llm
+        compile_ = compile_params(spec, target, self._store, version=version, engine_dir=self._engine_dir)
         engines = self._add(
             "compile", compile_, {"converted": convert, "checkpoint": made.fetch}, place=place
         )

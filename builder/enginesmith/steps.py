@@ -82,16 +82,21 @@ class StepKind:
 
 
 _TORCH = ("torch", "transformers", "numpy", "tokenizers", "safetensors")
+_RUNTIME = "enginesmith.triton.models.llm_onnxruntime"
 _REHEARSAL_TOOLS = ("nvidia-pytriton", "tritonclient", "onnxruntime", "numpy", "tokenizers")
 _REHEARSAL_CODE = (
-    "enginesmith.triton.rehearse",
+    "enginesmith.triton.rehearsal_report",
     "enginesmith.triton.server",
     "enginesmith.triton.server_log",
     "enginesmith.triton.installation",
     "enginesmith.triton.ports",
     "enginesmith.triton.placement",
     "enginesmith.triton.config",
-    "enginesmith.triton.models",
+    _RUNTIME,
+)
+_COMPILER_MODULES = ("compile", "arguments", "engine_directory", "toolchain")
+_TRTLLM_MODELS = tuple(
+    f"enginesmith.triton.models.trtllm_{part}" for part in ("preprocessing", "postprocessing", "bls", "text")
 )
 
 STEP_KINDS: Mapping[StepName, StepKind] = {
@@ -115,6 +120,8 @@ STEP_KINDS: Mapping[StepName, StepKind] = {
                 "enginesmith.torch_models",
                 "enginesmith.heap",
                 "enginesmith.checkpoints.tensors",
+                "enginesmith.checkpoints.validate",
+                "enginesmith.platforms",
             ),
             unkeyed_params=("location",),
         ),
@@ -137,13 +144,26 @@ STEP_KINDS: Mapping[StepName, StepKind] = {
             "lower",
             "enginesmith.engines.onnxruntime.lower:run",
             ("onnx", "onnxruntime", "numpy", "ml-dtypes", "safetensors"),
-            ("enginesmith.engines.onnxruntime", "enginesmith.checkpoints.tensors", "enginesmith.platforms"),
+            (
+                "enginesmith.engines.onnxruntime",
+                "enginesmith.checkpoints.tensors",
+                "enginesmith.checkpoints.validate",
+                "enginesmith.platforms",
+            ),
         ),
         StepKind(
             "measure",
             "enginesmith.verify.measure:run",
             ("onnxruntime", "numpy", "tokenizers"),
-            ("enginesmith.verify.measure", "enginesmith.verify.scores", "enginesmith.triton.models"),
+            (
+                "enginesmith.verify",
+                "enginesmith.corpora",
+                "enginesmith.schemes",
+                "enginesmith.torch_models",
+                "enginesmith.heap",
+                "enginesmith.checkpoints.tensors",
+                _RUNTIME,
+            ),
         ),
         StepKind("verify", "enginesmith.verify.gate:run", (), ("enginesmith.verify.gate",)),
         StepKind(
@@ -154,14 +174,14 @@ STEP_KINDS: Mapping[StepName, StepKind] = {
                 "enginesmith.triton.package",
                 "enginesmith.triton.config",
                 "enginesmith.triton.placement",
-                "enginesmith.triton.models",
+                _RUNTIME,
             ),
         ),
         StepKind(
             "rehearse",
             "enginesmith.triton.rehearse:run",
             _REHEARSAL_TOOLS,
-            _REHEARSAL_CODE,
+            ("enginesmith.triton.rehearse", *_REHEARSAL_CODE),
             unkeyed_params=("server",),
         ),
         StepKind(
@@ -179,28 +199,33 @@ STEP_KINDS: Mapping[StepName, StepKind] = {
                 "enginesmith.triton.trtllm",
                 "enginesmith.triton.config",
                 "enginesmith.triton.placement",
-                "enginesmith.triton.models",
+                "enginesmith.triton.launch",
+                *_TRTLLM_MODELS,
             ),
         ),
         StepKind(
             "rehearse_trtllm",
             "enginesmith.triton.trtllm.rehearse:run",
             _REHEARSAL_TOOLS,
-            (*_REHEARSAL_CODE, "enginesmith.triton.trtllm"),
+            (*_REHEARSAL_CODE, "enginesmith.triton.trtllm", "enginesmith.triton.models.trtllm_twin"),
             unkeyed_params=("server",),
         ),
         StepKind(
             "compile",
             "enginesmith.engines.tensorrt_llm.compile:run",
             (),
-            ("enginesmith.engines.tensorrt_llm.compile", "enginesmith.engines.tensorrt_llm.arguments"),
+            (
+                *(f"enginesmith.engines.tensorrt_llm.{name}" for name in _COMPILER_MODULES),
+                "enginesmith.checkpoints.tensors",
+                "enginesmith.platforms",
+            ),
             unkeyed_params=("location",),
         ),
         StepKind(
             "package_trtllm",
             "enginesmith.triton.trtllm.package:run",
             (),
-            ("enginesmith.triton.trtllm.package", "enginesmith.triton.placement"),
+            ("enginesmith.triton.trtllm", "enginesmith.triton.config", "enginesmith.triton.placement"),
         ),
         StepKind(
             "package_llmapi",
@@ -208,16 +233,18 @@ STEP_KINDS: Mapping[StepName, StepKind] = {
             ("protobuf", "tritonclient", "pyyaml"),
             (
                 "enginesmith.triton.llmapi",
+                "enginesmith.triton.package",
                 "enginesmith.triton.config",
                 "enginesmith.triton.placement",
-                "enginesmith.triton.models",
+                "enginesmith.triton.launch",
+                "enginesmith.triton.models.llmapi",
             ),
         ),
         StepKind(
             "rehearse_llmapi",
             "enginesmith.triton.llmapi.rehearse:run",
             _REHEARSAL_TOOLS,
-            (*_REHEARSAL_CODE, "enginesmith.triton.llmapi"),
+            (*_REHEARSAL_CODE, "enginesmith.triton.llmapi", "enginesmith.triton.models.llmapi_twin"),
             unkeyed_params=("server",),
         ),
     )

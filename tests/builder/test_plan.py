@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import json
 import subprocess
 import sys
@@ -20,7 +22,7 @@ from enginesmith.errors import SourceError, SpecError
 from enginesmith.plan import MISSING_TOOL, Plan, canonical_json, make_plan, step_key
 from enginesmith.records import remember_build
 from enginesmith.spec import load_spec
-from enginesmith.steps import StepKind, StepName
+from enginesmith.steps import STEP_KINDS, StepKind, StepName
 from enginesmith.store import ArtifactStore
 
 Document = dict[str, Any]
@@ -383,3 +385,59 @@ def test_keys_are_equal_exactly_when_the_parts_are(left: Document, right: Docume
 def test_key_of_what_json_cannot_say_is_refused(value: float) -> None:
     with pytest.raises(ValueError, match="JSON"):
         step_key({"value": value})
+
+
+# Shapes of parameters (their values are in the key), and plumbing that writes no bytes of an artifact.
+_BESIDE_THE_RESULT = {
+    "enginesmith.digests",
+    "enginesmith.durable",
+    "enginesmith.errors",
+    "enginesmith.platforms",
+    "enginesmith.schemes",
+    "enginesmith.spec",
+    "enginesmith.spec_errors",
+    "enginesmith.spec_part",
+    "enginesmith.steps",
+    "enginesmith.targets",
+}
+
+
+@pytest.mark.parametrize("kind", STEP_KINDS.values(), ids=lambda kind: kind.name)
+def test_every_module_that_a_step_imports_is_in_its_key(kind: StepKind) -> None:
+    """Followed through the sources, imports inside functions included."""
+    waiting, seen = [kind.function.split(":")[0]], set[str]()
+    while waiting:
+        module = waiting.pop()
+        if module not in seen:
+            seen.add(module)
+            waiting += imported_by(module)
+    covered = tuple(f"{module}." for module in kind.code)
+    assert {module for module in seen if not f"{module}.".startswith(covered)} <= _BESIDE_THE_RESULT
+
+
+def imported_by(module: str) -> set[str]:
+    """The modules of enginesmith that the source of ``module`` imports, but for annotations."""
+    found = importlib.util.find_spec(module)
+    assert found is not None
+    assert found.origin is not None, module
+    names: set[str] = set()
+    for node in walk(ast.parse(Path(found.origin).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.update((node.module, *(f"{node.module}.{alias.name}" for alias in node.names)))
+    return {name for name in names if name.startswith("enginesmith.") and is_module(name)}
+
+
+def walk(node: ast.AST) -> Iterator[ast.AST]:
+    for child in ast.iter_child_nodes(node):
+        if not (isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"):
+            yield child
+            yield from walk(child)
+
+
+def is_module(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False

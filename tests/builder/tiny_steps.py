@@ -25,6 +25,7 @@ HF_CONFIG = {
     "num_attention_heads": 4,
     "num_hidden_layers": 2,
     "max_position_embeddings": 2048,
+    "vocab_size": 512,
     "tie_word_embeddings": True,
 }
 

@@ -139,7 +139,7 @@ def ways_out(toolchain: Toolchain) -> str:
     """What somebody can do who cannot build engines here."""
     return (
         f"the image {toolchain.image} has the right TensorRT-LLM. Two ways out: `enginesmith rehearse` runs all but the "
-        "engines on this machine; or build them where the GPU is, with the container command (see docs/trtllm-build.md), "
+        "engines on this machine; or build them where the GPU is, with the script that `enginesmith trtllm-command` prints, "
         "and give the directory with --engine-dir"
     )
 
