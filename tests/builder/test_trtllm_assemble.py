@@ -60,15 +60,27 @@ def test_served_code_imports_nothing_of_enginesmith_and_little_else(tmp_path: Pa
             assert {name.split(".")[0] for name in names} <= allowed | sys.stdlib_module_names, file
 
 
-def test_end_tokens_beyond_the_first_become_stop_words(tmp_path: Path, checkpoint: Path) -> None:
+@pytest.mark.parametrize(
+    ("named", "expected"),
+    [
+        ([0, 2, 7], (2, [0, 7])),  # The tokenizer's is one of them.
+        ([7, 9], (7, [9])),  # It is not: a tokenizer converted from another format may name a wrong one.
+        (9, (9, [])),
+        (None, (2, [])),
+    ],
+)
+def test_the_end_token_is_one_that_the_model_names_and_others_become_stop_words(
+    tmp_path: Path, checkpoint: Path, named: Any, expected: tuple[int, list[int]]
+) -> None:
     copy = tmp_path / "hf"
     copy.mkdir()
     for file in checkpoint.iterdir():
         (copy / file.name).symlink_to(file)
     (copy / "generation_config.json").unlink()
-    (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 0, 7]}))
+    (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": named}))
     read = limits(assembled(tmp_path, copy, step_params()))
-    assert (read["end_id"], read["pad_id"], read["further_end_ids"]) == (2, 0, [0, 7])
+    assert (read["end_id"], read["further_end_ids"]) == expected
+    assert read["pad_id"] == 0
 
 
 def test_every_model_is_named_with_the_prefix(tmp_path: Path, checkpoint: Path) -> None:

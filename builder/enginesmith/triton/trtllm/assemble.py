@@ -141,8 +141,8 @@ def _limits(
 def _end_tokens(checkpoint: Path) -> dict[str, Any]:
     """The token that ends an answer (-1: none), further ones that do, and the token that pads.
 
-    TensorRT-LLM knows one end token. It is the tokenizer's, as in NVIDIA's preprocessing; the others, which chat
-    models name in their generation config, are sent along as stop words.
+    TensorRT-LLM knows one end token. It is the tokenizer's, as in NVIDIA's preprocessing, unless the model's own
+    configuration names others only; what else it names is sent along as stop words.
     """
     tokenizer_config = _read_json(checkpoint / "tokenizer_config.json", missing={})
     ids = _added_tokens(checkpoint)
@@ -151,7 +151,7 @@ def _end_tokens(checkpoint: Path) -> dict[str, Any]:
     generation = _read_json(checkpoint / "generation_config.json", missing={})
     named = generation.get("eos_token_id", _read_json(checkpoint / "config.json").get("eos_token_id"))
     enders = [] if named is None else named if isinstance(named, list) else [named]
-    end_id = next((token for token in (eos, *enders) if token is not None), -1)
+    end_id = eos if eos is not None and (eos in enders or not enders) else next(iter(enders), -1)
     return {
         "end_id": end_id,
         "pad_id": pad if pad is not None else end_id,
