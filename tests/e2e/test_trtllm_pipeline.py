@@ -128,7 +128,7 @@ def deployed_variants() -> dict[str, Any]:
             ("fp8", "a100"),
         ),
         ({"targets": [TARGETS[1]], "variants": {"sq": {"scheme": "int8_sq"}}}, ("int8_sq", "LLM API")),
-        ({"targets": TARGETS, "variants": {"a": {"scheme": "none"}}, "verify.twin": "no"}, ("twin",)),
+        ({"targets": TARGETS, "verify.twin": False}, ("int4_awq", "Without a twin only scheme: none")),
     ],
 )
 def test_illegal_combination_fails_in_plan(
