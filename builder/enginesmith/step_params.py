@@ -147,16 +147,49 @@ def convert_params(target: TensorRtLlmTarget) -> Params:
     return {**parallelism, "workers": target.workers}
 
 
+# What the models of a deployment do not read of a target and of ``serving``. Whatever is added to the spec decides their
+# steps until it is listed here.
+_NOT_DEPLOYED: dict[str, Any] = {"name": True, "variants": True, "gpu": True, "nccl": True}
+_NOT_ASSEMBLED: dict[str, Any] = {
+    **_NOT_DEPLOYED,
+    "workers": True,
+    "opt_num_tokens": True,
+    "gather_context_logits": True,
+    "gather_generation_logits": True,
+    "plugins": True,
+    "kv_cache": {"tokens_per_block"},
+}
+_NOT_ASSEMBLED_SERVING = {"instances", "default_max_tokens"}
+_NOT_LLMAPI: dict[str, Any] = {**_NOT_DEPLOYED, "toolchain": True}
+_NOT_LLMAPI_SERVING: dict[str, Any] = {
+    "instances": True,
+    "dynamic_batching": {
+        "preferred_batch_sizes": True,
+        "max_queue_delay_us": True,
+        "preserve_ordering": True,
+        "queue_policy": {"default_timeout_us", "timeout_action", "allow_timeout_override"},
+    },
+}
+
+
 def deployment_params(spec: ModelSpec, name: str, target: TensorRtLlmTarget | LlmApiTarget) -> Params:
-    """How Triton serves a TensorRT-LLM runtime: target and serving, with the model names made for this variant."""
-    prefix = target.prefix_for(spec.name, name)
-    dump = target.model_dump(mode="json", exclude={"variants", "workers", "nccl"}) | {"model_prefix": prefix}
+    """How Triton serves a TensorRT-LLM runtime: what its models read of target and serving, named for this variant.
+
+    What decides an engine only is not in it: an edit of that compiles again and leaves the rehearsed repository as it is.
+    """
+    params = {"variant": name, "scheme": spec.variants[name].scheme}
+    prefix = {"model_prefix": target.prefix_for(spec.name, name)}
+    if isinstance(target, LlmApiTarget):
+        return {
+            "target": target.model_dump(mode="json", exclude=_NOT_LLMAPI) | prefix,
+            "serving": spec.serving.model_dump(mode="json", exclude=_NOT_LLMAPI_SERVING),
+            **params,
+        }
     return {
-        "target": dump,
-        "serving": spec.serving.model_dump(mode="json"),
+        "target": target.model_dump(mode="json", exclude=_NOT_ASSEMBLED) | prefix,
+        "serving": spec.serving.model_dump(mode="json", exclude=_NOT_ASSEMBLED_SERVING),
         "model_name": f"{spec.triton_name(name)}-{target.name}",
-        "variant": name,
-        "scheme": spec.variants[name].scheme,
+        **params,
     }
 
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from enginesmith.plan import Plan, make_plan
 from enginesmith.spec import json_schema, parse_spec
 from enginesmith.steps import STEP_KINDS
+from enginesmith.store import ArtifactStore
 
 ROOT = Path(__file__).parents[2]
 SPEC_DOCUMENT = (ROOT / "docs" / "spec.md").read_text(encoding="utf-8")
@@ -62,6 +64,81 @@ def test_rows_are_complete_and_name_steps_that_exist() -> None:
         assert len(cells) == 6, place
         first = re.split(r" or |,| \(", cells[5])[0]
         assert first in kinds, f"{place} runs again from {cells[5]!r}"
+
+
+DEPLOYED: Mapping[str, Any] = {
+    "name": "tiny",
+    "source": {"wheel": "some-model==1", "sha256": "0" * 64},
+    "variants": {"fp8": {"scheme": "fp8"}},
+}
+OF_TARGET = {
+    "OnnxRuntimeTarget": ("onnxruntime", {"package", "rehearse"}),
+    "TensorRtLlmTarget": (
+        "tensorrt_llm",
+        {"convert", "assemble", "rehearse_trtllm", "compile", "package_trtllm"},
+    ),
+    "LlmApiTarget": ("tensorrt_llm_llmapi", {"package_llmapi", "rehearse_llmapi"}),
+}
+# Where a part stands in a spec, and which targets read it.
+PLACES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "TensorRtLlmTarget": (("target",), ("TensorRtLlmTarget",)),
+    "LlmApiTarget": (("target",), ("LlmApiTarget",)),
+    "Parallelism": (("target", "parallelism"), ("TensorRtLlmTarget", "LlmApiTarget")),
+    "KvCachePool": (("target", "kv_cache"), ("TensorRtLlmTarget", "LlmApiTarget")),
+    "Nccl": (("target", "nccl"), ("TensorRtLlmTarget", "LlmApiTarget")),
+    "Plugins": (("target", "plugins"), ("TensorRtLlmTarget",)),
+    "Serving": (("serving",), tuple(OF_TARGET)),
+    "DynamicBatching": (("serving", "dynamic_batching"), tuple(OF_TARGET)),
+    "QueuePolicy": (("serving", "dynamic_batching", "queue_policy"), tuple(OF_TARGET)),
+}
+# What the documented example needs beside it to be legal, before and after the edit.
+BESIDE: Mapping[tuple[str, str], Mapping[str, Any]] = {
+    ("TensorRtLlmTarget", "devices"): {"parallelism": {"tensor": 2}, "launch": "orchestrator"},
+    ("LlmApiTarget", "devices"): {"parallelism": {"tensor": 2}},
+    ("Parallelism", "expert"): {"parallelism": {"tensor": 2}},
+    ("Plugins", "use_paged_context_fmha"): {"kv_cache": {"reuse": False}, "chunked_context": False},
+    ("Plugins", "reduce_fusion"): {"parallelism": {"tensor": 2}},
+    ("Plugins", "user_buffer"): {"parallelism": {"tensor": 2}, "plugins": {"reduce_fusion": True}},
+}
+
+
+def planned(directory: Path, target: Mapping[str, Any], serving: Mapping[str, Any]) -> Plan:
+    document = {**DEPLOYED, "targets": [target], "serving": serving}
+    spec = parse_spec(yaml.safe_dump(document), origin="test", base_dir=directory)
+    store = ArtifactStore(directory / "store")
+    try:
+        return make_plan(spec, store)
+    finally:
+        store.digests.close()
+
+
+def edited(document: Any, path: tuple[str, ...], value: Any) -> dict[str, Any]:
+    first, *rest = path
+    inside = edited(document.get(first, {}), tuple(rest), value) if rest else value
+    return {**document, first: inside}
+
+
+EDITS = [
+    pytest.param(part, key, reader, id=f"{part}.{key} {reader}")
+    for (part, key), cells in KEYS.items()
+    if part in PLACES and cells[5] not in ("", "see there")
+    for reader in PLACES[part][1]
+]
+
+
+@pytest.mark.parametrize(("part", "key", "reader"), EDITS)
+def test_edit_runs_again_from_the_documented_step(tmp_path: Path, part: str, key: str, reader: str) -> None:
+    """The edit is the documented example."""
+    runtime, kinds = OF_TARGET[reader]
+    cells = KEYS[part, key]
+    base = {"target": {"runtime": runtime, **BESIDE.get((part, key), {})}, "serving": {}}
+    value = yaml.safe_load(cells[4].strip("`"))
+    after = edited(base, (*PLACES[part][0], key), value)
+    known = {step.key for step in planned(tmp_path, base["target"], base["serving"]).steps}
+    steps = planned(tmp_path, after["target"], after["serving"]).steps
+    changed = [step.kind for step in steps if step.key not in known]
+    named = [word for word in re.split(r", | or ", cells[5]) if word in kinds]
+    assert changed[:1] == named
 
 
 def test_links_in_the_specs_document_lead_somewhere() -> None:
