@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
     from enginesmith.store import Artifact
 
+_SHOWN = 100
+"""Characters of an answer in the table; ``--json`` has all of it."""
+
 
 @dataclass(frozen=True)
 class Rehearsal:
@@ -106,11 +109,11 @@ def _table(rehearsal: Rehearsal) -> Table:
         title=f"{rehearsal.place}: {len(rehearsal.checks)} checks, {rehearsal.requests} requests{ready}; engine played by: {rehearsal.played_by}",
         title_justify="left",
     )
-    for heading in ("check", "asked", "seen", ""):
-        table.add_column(heading, overflow="ellipsis", no_wrap=heading != "")
+    for heading in ("check", "seen", ""):
+        table.add_column(heading, overflow="ellipsis", no_wrap=True)
     for check in rehearsal.checks:
-        shown = (str(check[key]).replace("\n", "⏎") for key in ("name", "asked", "seen"))
-        table.add_row(*(text[:60] for text in shown), "passed" if check["passed"] else "FAILED")
+        seen = str(check["seen"]).replace("\n", "⏎")
+        table.add_row(str(check["name"]), seen[:_SHOWN], "passed" if check["passed"] else "FAILED")
     return table
 
 

@@ -359,6 +359,24 @@ class ModelSpec(Part):
             raise ValueError(
                 "targets: onnxruntime may be given once; it serves every target as the numeric twin"
             )
+        if unused := [name for name in self.variants if not self.targets_of(name)]:
+            raise ValueError(f"variant {unused[0]!r} is built by no target; add it to the variants of one")
+        return self
+
+    @model_validator(mode="after")
+    def _as_it_came_without_twin(self) -> ModelSpec:
+        if self.verify.twin:
+            return self
+        if any(isinstance(target, OnnxRuntimeTarget) for target in self.targets):
+            raise ValueError(
+                "verify.twin: false makes no ONNX Runtime engine, so there can be no target with runtime onnxruntime"
+            )
+        for name, variant in self.variants.items():
+            if variant.scheme != "none":
+                raise ValueError(
+                    f"variant {name!r} has scheme {variant.scheme}, but with verify.twin: false nothing would measure "
+                    "what quantization costs. Without a twin only scheme: none is possible, the checkpoint as it came"
+                )
         return self
 
     @property

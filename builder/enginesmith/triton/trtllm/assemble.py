@@ -17,6 +17,7 @@ from enginesmith.spec import Serving
 from enginesmith.steps import StepContext
 from enginesmith.targets import TensorRtLlmTarget
 from enginesmith.triton.config import config_text, parse_config
+from enginesmith.triton.launch import deployment_of, write_deployment
 from enginesmith.triton.placement import place_file, tree_files
 from enginesmith.triton.trtllm.configs import (
     DEFAULT_REPOSITORY_PATH,
@@ -74,6 +75,8 @@ def run(context: StepContext) -> Mapping[str, Any]:
         assert parse_config(text) == config
         (context.out / config.name / "config.pbtxt").write_text(text, encoding="utf-8")
         _fill_version(part, version, checkpoint=checkpoint, limits=limits, described=described)
+        if part == "tensorrt_llm":
+            write_deployment(version, deployment_of(target))
     if found := placeholders(context.out):
         raise SpecError(
             f"a placeholder is left in the repository: {'; '.join(found)}",
