@@ -15,17 +15,29 @@ from typing import Any
 from enginesmith.errors import SourceError, SpecError
 from enginesmith.legality import check_targets
 from enginesmith.model_fit import GROUP_SIZES, config_size
-from enginesmith.platforms import ARCHITECTURES
+from enginesmith.platforms import ARCHITECTURES, MOE_ARCHITECTURES
 from enginesmith.spec import ModelSpec, Variant
+from enginesmith.stored_quantization import stored_algorithm, stored_section
 
 
 def read_hf_config(checkpoint: Path) -> dict[str, Any]:
-    """The ``config.json`` of a checkpoint directory.
+    """The ``config.json`` of a checkpoint directory, with how it is quantized.
+
+    ModelOpt describes that in ``hf_quant_config.json``, older releases only there; what it says is added to
+    ``quantization_config``.
 
     Raises:
         SourceError: it is missing or not a JSON object.
     """
-    path = checkpoint / "config.json"
+    config = _read_object(checkpoint / "config.json")
+    beside = checkpoint / "hf_quant_config.json"
+    if beside.is_file() and isinstance(described := _read_object(beside).get("quantization"), dict):
+        inline = config.get("quantization_config")
+        config["quantization_config"] = {**(inline if isinstance(inline, dict) else {}), **described}
+    return config
+
+
+def _read_object(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -48,6 +60,8 @@ def check_legal(spec: ModelSpec, hf_config: Mapping[str, Any]) -> None:
     if spec.verify.twin:
         _check_architecture(hf_config)
     _check_lengths(spec, hf_config)
+    _check_quantized_once(spec, hf_config)
+    _check_experts(spec, hf_config)
     check_targets(spec, hf_config)
     if hf_config.get("architectures") not in [[name] for name in ARCHITECTURES]:
         return  # Deployed as it came: its shapes are the runtime's business.
@@ -85,6 +99,37 @@ def _check_architecture(hf_config: Mapping[str, Any]) -> None:
             f"architecture {', '.join(map(str, seen)) or '(none named in config.json)'} is not supported; "
             f"supported: {', '.join(ARCHITECTURES)}",
             hint="choose a checkpoint of a supported architecture",
+        )
+
+
+def _check_quantized_once(spec: ModelSpec, hf_config: Mapping[str, Any]) -> None:
+    section = stored_section(hf_config)
+    again = [name for name, variant in spec.variants.items() if variant.scheme != "none"]
+    if section is not None and again:
+        raise SpecError(
+            f"variant {again[0]}: scheme {spec.variants[again[0]].scheme} cannot be made of this checkpoint, which came "
+            f"quantized with {stored_algorithm(section)}: what was rounded away is lost",
+            hint="scheme: none deploys it as it came; give the unquantized checkpoint to quantize it",
+        )
+
+
+def _check_experts(spec: ModelSpec, hf_config: Mapping[str, Any]) -> None:
+    """Experts are neither quantized here nor, where they came quantized, run in PyTorch as the reference."""
+    if hf_config.get("architectures") not in [[name] for name in MOE_ARCHITECTURES]:
+        return
+    for name, variant in spec.variants.items():
+        if variant.scheme != "none":
+            raise SpecError(
+                f"variant {name}: scheme {variant.scheme} is not possible for {hf_config['architectures'][0]}: experts are not "
+                "quantized here",
+                hint="scheme: none; or give the checkpoint as ModelOpt quantized it elsewhere, with scheme: none "
+                "and verify.twin: false",
+            )
+    section = stored_section(hf_config)
+    if section is not None and spec.verify.twin:
+        raise SpecError(
+            f"the checkpoint has experts that came quantized with {stored_algorithm(section)}, which nothing here runs as a twin",
+            hint="verify.twin: false deploys it as it came, unmeasured; or give the unquantized checkpoint",
         )
 
 

@@ -19,6 +19,7 @@ from enginesmith.model_fit import check_fit
 from enginesmith.platforms import GPUS, TOOLCHAINS, Execution, GpuRuntime, Toolchain, execution_on
 from enginesmith.schemes import SCHEMES, SchemeName
 from enginesmith.spec import ModelSpec, Serving, Variant
+from enginesmith.stored_quantization import as_stored
 from enginesmith.targets import LlmApiTarget, OnnxRuntimeTarget, TensorRtLlmTarget
 
 GpuTarget = TensorRtLlmTarget | LlmApiTarget
@@ -62,11 +63,14 @@ def check_targets(
             _check_names(spec, target, name)
         _check_limits(target, spec.serving)
         _check_devices(target)
-        if isinstance(target, TensorRtLlmTarget):
-            _check_attention(target, variants)
-            _check_plugins(target, variants)
         if hf_config is not None:
             check_fit(spec, target, variants, hf_config, execution=execution)
+            variants = {name: as_stored(variant, hf_config) for name, variant in variants.items()}
+            for name, variant in variants.items():
+                _check_kv_cache(target, name, variant, execution)
+        if isinstance(target, TensorRtLlmTarget):
+            _check_attention(target, variants)
+            _check_plugins(target, variants, came_as_named=hf_config is not None)
 
 
 def _check_toolchain(target: GpuTarget, toolchains: Mapping[str, Toolchain]) -> None:
@@ -276,7 +280,10 @@ def _check_attention(target: TensorRtLlmTarget, variants: Mapping[str, Variant])
         )
 
 
-def _check_plugins(target: TensorRtLlmTarget, variants: Mapping[str, Variant]) -> None:
+def _check_plugins(
+    target: TensorRtLlmTarget, variants: Mapping[str, Variant], *, came_as_named: bool
+) -> None:
+    """``came_as_named`` is False as long as scheme none may turn out to be a checkpoint that came in FP8."""
     plugins, parallelism = target.plugins, target.parallelism
     if plugins.gemm_plugin == "nvfp4":
         _refuse_plugin(target, "gemm_plugin: nvfp4", "no scheme here makes NVFP4 weights", "auto or fp8")
@@ -304,7 +311,8 @@ def _check_plugins(target: TensorRtLlmTarget, variants: Mapping[str, Variant]) -
         "user_buffer": plugins.user_buffer,
     }
     for plugin, chosen in fp8_only.items():
-        others = [name for name, variant in variants.items() if variant.scheme not in _WITH_FP8_WEIGHTS]
+        legal = _WITH_FP8_WEIGHTS if came_as_named else (*_WITH_FP8_WEIGHTS, "none")
+        others = [name for name, variant in variants.items() if variant.scheme not in legal]
         if chosen and others:
             _refuse_plugin(
                 target, plugin, f"it needs scheme fp8, and variant {others[0]} has another", "disable (false)"

@@ -17,6 +17,7 @@ from enginesmith.errors import SourceError, SpecError
 from enginesmith.platforms import ARCHITECTURES, GPUS, RUNTIME_ARCHITECTURES, Execution, Gpu
 from enginesmith.schemes import SCHEMES
 from enginesmith.spec import ModelSpec, Variant
+from enginesmith.stored_quantization import as_stored, stored_algorithm, stored_scheme, stored_section
 from enginesmith.targets import LlmApiTarget, TensorRtLlmTarget
 
 if TYPE_CHECKING:
@@ -64,16 +65,18 @@ def check_fit(
     dimensions = dimensions_of(hf_config, architecture, path)
     _check_heads(target, dimensions.heads, dimensions.kv_heads)
     _check_widths(target, dimensions)
-    for name, variant in variants.items():
-        _check_groups(target, name, variant, dimensions)
-        if isinstance(target, TensorRtLlmTarget):
-            _check_exclusions(target, name, variant, dimensions)
+    stored = {name: as_stored(variant, hf_config) for name, variant in variants.items()}
+    for name, variant in stored.items():
         if dimensions.moe is not None and isinstance(target, TensorRtLlmTarget):
             _check_expert_scheme(target, name, variant)
-        weight_bytes = variant_bytes(architecture, dimensions, variant)
-        _require_memory(spec, target, weight_bytes, f"variant {name}: ")
+        _check_groups(target, name, variant, dimensions, came_quantized=variant is not variants[name])
+        if isinstance(target, TensorRtLlmTarget):
+            _check_exclusions(target, name, variant, dimensions)
+        if variant.scheme != "none" or stored_section(hf_config) is None:  # Else their width is not known.
+            weight_bytes = variant_bytes(architecture, dimensions, variant)
+            _require_memory(spec, target, weight_bytes, f"variant {name}: ")
     if isinstance(target, TensorRtLlmTarget):
-        _check_conversion(target, variants, hf_config)
+        _check_conversion(target, stored, hf_config)
 
 
 def variant_bytes(architecture: str, dimensions: Dimensions, variant: Variant) -> int:
@@ -132,9 +135,8 @@ def _check_own_quantization(
     target: GpuTarget, variants: Mapping[str, Variant], hf_config: Mapping[str, Any], execution: Execution
 ) -> None:
     """A checkpoint that came quantized is deployed as it is by scheme none."""
-    section = hf_config.get("quantization_config")
-    as_it_came = [name for name, variant in variants.items() if variant.scheme == "none"]
-    if not isinstance(section, dict) or not as_it_came:
+    section = stored_section(hf_config)
+    if section is None or all(variant.scheme != "none" for variant in variants.values()):
         return
     where = (
         f"target {target.name} ({target.runtime} on {target.gpu}, SM{GPUS[target.gpu].compute_capability})"
@@ -146,17 +148,16 @@ def _check_own_quantization(
                 hint="runtime: tensorrt_llm_llmapi on h100, h200, gh200 or b200",
             )
         return
-    algorithm = section.get("quant_algo")
-    schemes = [scheme.name for scheme in SCHEMES.values() if algorithm and scheme.quant_algo == algorithm]
-    if schemes and schemes[0] not in execution.schemes:
+    algorithm, scheme = stored_algorithm(section), stored_scheme(section)
+    if scheme is not None and scheme not in execution.schemes:
         raise SpecError(
-            f"the checkpoint came quantized with {algorithm} ({schemes[0]}), which {where} cannot execute",
+            f"the checkpoint came quantized with {algorithm} ({scheme}), which {where} cannot execute",
             hint=f"it executes: {', '.join(execution.schemes)}",
         )
-    if not schemes and isinstance(target, TensorRtLlmTarget):
+    if scheme is None and isinstance(target, TensorRtLlmTarget):
         known = [scheme.quant_algo for scheme in SCHEMES.values() if scheme.quant_algo]
         raise SpecError(
-            f"the checkpoint came quantized with {algorithm or section.get('quant_method')}, which cannot become engines",
+            f"the checkpoint came quantized with {algorithm}, which cannot become engines",
             hint=f"runtime: tensorrt_llm_llmapi, the unquantized checkpoint, or one of ModelOpt's {', '.join(known)}",
         )
 
@@ -230,7 +231,9 @@ def _split_widths(target: GpuTarget, dimensions: Dimensions) -> Iterator[tuple[s
             yield "shared expert's intermediate_size", moe.shared_intermediate_size, parallelism.tensor
 
 
-def _check_groups(target: GpuTarget, name: str, variant: Variant, dimensions: Dimensions) -> None:
+def _check_groups(
+    target: GpuTarget, name: str, variant: Variant, dimensions: Dimensions, *, came_quantized: bool
+) -> None:
     """Row-parallel layers are cut across their inputs, and a cut must not go through a group of them."""
     group = variant.effective_group_size
     if group is None or target.parallelism.tensor == 1:
@@ -249,9 +252,9 @@ def _check_groups(target: GpuTarget, name: str, variant: Variant, dimensions: Di
             for size in range(1, target.parallelism.tensor)
             if dimensions.heads % size == 0 and all(wide % (size * group) == 0 for _, wide, _ in rows)
         ]
-        ways_out = [f"group_size {' or '.join(legal)}"] if legal else []
+        ways_out = [f"group_size {' or '.join(legal)}"] if legal and not came_quantized else []
         ways_out += [f"parallelism.tensor {' or '.join(tensors)}"] if tensors else []
-        if isinstance(target, LlmApiTarget):
+        if isinstance(target, LlmApiTarget) and not came_quantized:
             ways_out.append(f"exclude '*.{layer}'")
         raise SpecError(
             f"variant {name}: on target {target.name} each of {ways} GPUs has {width // ways} inputs of {layer}, no multiple of "
@@ -328,7 +331,7 @@ def _check_expert_scheme(target: TensorRtLlmTarget, name: str, variant: Variant)
 
 def _deepseek_bytes(hf_config: Mapping[str, Any]) -> int:
     """The routed experts and embeddings of DeepSeek-V2 and V3, which are nearly all of it."""
-    quantized = isinstance(hf_config.get("quantization_config"), dict)
+    quantized = stored_section(hf_config) is not None
     sparse = config_size(hf_config, "num_hidden_layers") - int(hf_config.get("first_k_dense_replace") or 0)
     hidden = config_size(hf_config, "hidden_size")
     expert = 3 * hidden * int(hf_config.get("moe_intermediate_size") or 0)

@@ -74,6 +74,9 @@ ARCHITECTURES: Mapping[str, str] = {
 }
 """Supported architectures and the ``model_type`` that ``config.json`` gives for each."""
 
+MOE_ARCHITECTURES = ("MixtralForCausalLM", "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM")
+"""Those with a mixture of experts; their checkpoints store the experts one by one."""
+
 _ENGINE_ARCHITECTURES = tuple(ARCHITECTURES)
 RUNTIME_ARCHITECTURES: Mapping[GpuRuntime, tuple[str, ...]] = {
     "tensorrt_llm": _ENGINE_ARCHITECTURES,

@@ -228,8 +228,8 @@ def test_alternatives_that_a_hint_names_are_legal(runtime: GpuRuntime, gpu: GpuN
 
 def test_targets_judge_their_own_variants_only() -> None:
     variants = {"a": {"scheme": "int8_sq"}, "b": {"scheme": "fp8"}}
-    llmapi = {**LLMAPI, "variants": ["b"]}
-    check_targets(make_spec(llmapi, variants=variants))
+    targets = [{"runtime": "onnxruntime"}, {**LLMAPI, "variants": ["b"]}]
+    check_targets(make_spec(LLMAPI, variants=variants, targets=targets))
     assert "leave it out with the target's key variants" in refused(make_spec(LLMAPI, variants=variants))
 
 

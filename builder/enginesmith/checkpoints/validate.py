@@ -16,14 +16,13 @@ from typing import Any
 from enginesmith.checkpoints.tensors import CONFIG_FILE, CheckpointTensors
 from enginesmith.errors import SourceError
 from enginesmith.platforms import ARCHITECTURES
+from enginesmith.platforms import MOE_ARCHITECTURES as MOE_ARCHITECTURES
 
 WEIGHT_DTYPES = ("BF16", "F16", "F32")
 """Dtypes of an unquantized checkpoint."""
 QUANTIZED_DTYPES = ("I8", "U8", "F8_E4M3")
 """Further dtypes of the projection weights in a checkpoint that ModelOpt quantized."""
 
-MOE_ARCHITECTURES = ("MixtralForCausalLM", "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM")
-"""Architectures with a mixture of experts; their checkpoints store the experts one by one."""
 QK_NORM_ARCHITECTURES = ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
 """Architectures that normalize every query and key head."""
 _DEFAULT_KV_HEADS: Mapping[str, int] = {
