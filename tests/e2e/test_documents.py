@@ -5,13 +5,16 @@ from __future__ import annotations
 import ast
 import json
 import re
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import yaml
 
+from enginesmith.cli import commands
 from enginesmith.plan import Plan, make_plan
 from enginesmith.spec import json_schema, parse_spec
 from enginesmith.steps import STEP_KINDS
@@ -191,3 +194,59 @@ def test_messages_are_quoted_once() -> None:
     messages = quoted_messages()
     assert len(messages) > 50
     assert len(messages) == len(set(messages))
+
+
+def documented_commands() -> Iterator[tuple[str, list[str]]]:
+    """Every command line of enginesmith that stands on a line of its own: where, and its arguments."""
+    for path in (
+        ROOT / "README.md",
+        *sorted((ROOT / "docs").glob("*.md")),
+        *(ROOT / "models").glob("*.yaml"),
+    ):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if found := re.match(r"(?:    |\.venv/bin/|# .*: )enginesmith (.*)", line):
+                command = re.split(r" {4,}| [>&|] ?", found[1])[0]
+                yield path.name, shlex.split(command, comments=True)
+
+
+@pytest.mark.parametrize(("document", "arguments"), list(documented_commands()))
+def test_documented_command_line_is_one_that_the_program_takes(document: str, arguments: list[str]) -> None:
+    with commands.make_context("enginesmith", list(arguments)) as context:
+        # The group leaves everything behind its own options to the verb.
+        verb, command, rest = commands.resolve_command(context, arguments)
+        assert command is not None
+        try:
+            command.make_context(verb, rest, parent=context).close()
+        except click.ClickException as error:
+            pytest.fail(f"{document}: enginesmith {shlex.join(arguments)}: {error.format_message()}")
+
+
+def test_readme_shows_every_verb_of_tensorrt_llm_and_every_document() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = {arguments[0] for document, arguments in documented_commands() if document == "README.md"}
+    assert {"plan", "rehearse", "trtllm-command", "build", "serve", "doctor"} <= shown
+    for path in (ROOT / "docs").glob("*.md"):
+        assert f"(docs/{path.name})" in readme, path.name
+    assert "Not yet run on a GPU" in readme
+
+
+def test_links_in_all_documents_lead_to_files() -> None:
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
+        for target in re.findall(r"\]\(([^)#]+)", path.read_text(encoding="utf-8")):
+            assert target.startswith("http") or (path.parent / target).exists(), f"{path.name}: {target}"
+
+
+def test_tree_in_the_readme_names_what_exists() -> None:
+    tree = (ROOT / "README.md").read_text(encoding="utf-8").partition("## The tree")[2].partition("## ")[0]
+    above = ROOT
+    for line in filter(None, tree.splitlines()):
+        nested = line.startswith(" " * 8)
+        names = [
+            word
+            for word in re.split(r" {2,}", line.strip())[0].split()
+            if re.fullmatch(r"[\w*./-]+(/|\.\w+)|Makefile", word)
+        ]
+        assert names, line
+        for name in names:
+            assert list((above if nested else ROOT).glob(name)), name
+        above = above if nested else ROOT / names[0]
