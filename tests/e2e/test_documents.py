@@ -210,7 +210,11 @@ def documented_commands() -> Iterator[tuple[str, list[str]]]:
 
 
 @pytest.mark.parametrize(("document", "arguments"), list(documented_commands()))
-def test_documented_command_line_is_one_that_the_program_takes(document: str, arguments: list[str]) -> None:
+def test_documented_command_line_is_one_that_the_program_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, document: str, arguments: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "engines").mkdir()  # Where the documents say that compiled engines are.
     with commands.make_context("enginesmith", list(arguments)) as context:
         # The group leaves everything behind its own options to the verb.
         verb, command, rest = commands.resolve_command(context, arguments)
