@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from enginesmith.checkpoints.config_kinds import check_kinds
 from enginesmith.errors import SourceError, SpecError
 from enginesmith.legality import check_targets
 from enginesmith.model_fit import GROUP_SIZES, config_size
@@ -27,9 +28,11 @@ def read_hf_config(checkpoint: Path) -> dict[str, Any]:
     ``quantization_config``.
 
     Raises:
-        SourceError: it is missing or not a JSON object.
+        SourceError: it is missing, not a JSON object, or a key holds a value of the wrong kind.
     """
-    config = _read_object(checkpoint / "config.json")
+    path = checkpoint / "config.json"
+    config = _read_object(path)
+    check_kinds(config, path)
     beside = checkpoint / "hf_quant_config.json"
     if beside.is_file() and isinstance(described := _read_object(beside).get("quantization"), dict):
         inline = config.get("quantization_config")

@@ -26,7 +26,7 @@ TARGETS_OPTION = click.option(
 )
 ENGINE_DIR_OPTION = click.option(
     "--engine-dir",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
     metavar="DIR",
     help="Take TensorRT-LLM engines that trtllm-build made elsewhere, after checking them. For one variant and target.",
 )

@@ -18,7 +18,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from enginesmith.errors import SpecError
 from enginesmith.schemes import SCHEMES, SchemeName
-from enginesmith.spec_errors import explain_problem
+from enginesmith.spec_errors import explain_problem, without_echoes
 from enginesmith.spec_part import Part
 from enginesmith.targets import OnnxRuntimeTarget, Target
 
@@ -398,8 +398,21 @@ class ModelSpec(Part):
         return f"{self.name}-{variant}"
 
     def resolve(self, path: str) -> Path:
-        """An absolute path for a path written in the spec."""
-        return (self._base_dir / Path(path).expanduser()).resolve()
+        """An absolute path for a path written in the spec.
+
+        Raises:
+            SpecError: the system cannot even look it up: too long, a NUL byte, an unknown user, a loop of links.
+        """
+        try:
+            resolved = (self._base_dir / Path(path).expanduser()).resolve()
+            resolved.exists()
+        except (OSError, ValueError, RuntimeError) as error:
+            shown = path if len(path) <= 200 else f"{path[:200]}... ({len(path)} characters)"
+            raise SpecError(
+                f"the path {shown!r} cannot be looked up: {error.strerror if isinstance(error, OSError) else error}",
+                hint="paths in a spec start at its directory, or with ~ or /",
+            ) from error
+        return resolved
 
 
 def load_spec(path: Path) -> ModelSpec:
@@ -434,7 +447,7 @@ def parse_spec(text: str, *, origin: str, base_dir: Path) -> ModelSpec:
         spec = ModelSpec.model_validate_json(json.dumps(document))
     except ValidationError as error:
         schema = ModelSpec.model_json_schema()
-        problems = "\n".join(explain_problem(problem, schema) for problem in error.errors())
+        problems = "\n".join(explain_problem(problem, schema) for problem in without_echoes(error.errors()))
         raise SpecError(f"{origin} is not a valid spec:\n{problems}") from error
     except (TypeError, ValueError) as error:
         raise SpecError(

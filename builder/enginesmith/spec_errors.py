@@ -11,6 +11,19 @@ from typing import Any
 from pydantic_core import ErrorDetails
 
 
+def without_echoes(problems: list[ErrorDetails]) -> list[ErrorDetails]:
+    """``problems`` without those that only follow from one inside: a list is too short once its wrong entries are left out."""
+    return [
+        problem
+        for problem in problems
+        if problem["type"] != "too_short"
+        or not any(
+            len(other["loc"]) > len(problem["loc"]) and other["loc"][: len(problem["loc"])] == problem["loc"]
+            for other in problems
+        )
+    ]
+
+
 def explain_problem(problem: ErrorDetails, schema: dict[str, Any]) -> str:
     """One line for one validation problem: where, what was seen, what is allowed, and the likely intended key."""
     location = [str(part) for part in problem["loc"]]
@@ -23,7 +36,15 @@ def explain_problem(problem: ErrorDetails, schema: dict[str, Any]) -> str:
     if problem["type"] == "missing":
         return f"  {where}: required key is missing"
     message = problem["msg"].removeprefix("Value error, ")
-    seen = problem["input"]
+    seen, context = problem["input"], problem.get("ctx", {})
+    key = str(context.get("discriminator")).strip("'")
+    if problem["type"] == "union_tag_not_found":
+        return f"  {where}: required key {key} is missing"
+    if problem["type"] == "union_tag_invalid":
+        allowed_tags = str(context["expected_tags"]).replace("'", "")
+        return f"  {where}: unknown {key} {context['tag']!r}; allowed: {allowed_tags}"
+    if problem["type"] == "string_type" and isinstance(seen, int | float):
+        return f"  {where}: must be text (seen: {seen!r}); write it in quotes, YAML reads it as a number"
     shown = "" if isinstance(seen, (dict, list)) else f" (seen: {seen!r})"
     return f"  {where}: {message}{shown}"
 

@@ -94,6 +94,7 @@ _REHEARSAL_CODE = (
     "enginesmith.triton.config",
     _RUNTIME,
 )
+_BUILD_ARGUMENTS = "enginesmith.engines.tensorrt_llm.arguments"
 _COMPILER_MODULES = ("compile", "arguments", "engine_directory", "toolchain")
 _TRTLLM_MODELS = tuple(
     f"enginesmith.triton.models.trtllm_{part}" for part in ("preprocessing", "postprocessing", "bls", "text")
@@ -200,6 +201,7 @@ STEP_KINDS: Mapping[StepName, StepKind] = {
                 "enginesmith.triton.config",
                 "enginesmith.triton.placement",
                 "enginesmith.triton.launch",
+                _BUILD_ARGUMENTS,
                 *_TRTLLM_MODELS,
             ),
         ),
@@ -225,7 +227,13 @@ STEP_KINDS: Mapping[StepName, StepKind] = {
             "package_trtllm",
             "enginesmith.triton.trtllm.package:run",
             (),
-            ("enginesmith.triton.trtllm", "enginesmith.triton.config", "enginesmith.triton.placement"),
+            (
+                "enginesmith.triton.trtllm",
+                "enginesmith.triton.config",
+                "enginesmith.triton.placement",
+                "enginesmith.triton.launch",
+                _BUILD_ARGUMENTS,
+            ),
         ),
         StepKind(
             "package_llmapi",

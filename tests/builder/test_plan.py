@@ -293,7 +293,11 @@ def test_excluded_layers_need_no_group(planned: Callable[..., Plan]) -> None:
             "GPT2LMHeadModel is not supported; supported: LlamaFor",
         ),
         ({"architectures": None}, SpecError, "none named"),
-        ({"hidden_size": "large"}, SourceError, "hidden_size as a positive number, seen: 'large'"),
+        (
+            {"hidden_size": "large"},
+            SourceError,
+            "hidden_size must be a whole number of at least 1, seen: 'large'",
+        ),
     ],
 )
 def test_unfit_checkpoint_is_refused_in_the_plan(
@@ -389,6 +393,7 @@ def test_key_of_what_json_cannot_say_is_refused(value: float) -> None:
 
 # Shapes of parameters (their values are in the key), and plumbing that writes no bytes of an artifact.
 _BESIDE_THE_RESULT = {
+    "enginesmith.checkpoints.config_kinds",
     "enginesmith.digests",
     "enginesmith.durable",
     "enginesmith.errors",

@@ -177,3 +177,61 @@ def test_a_modelopt_without_the_exporter_is_refused_for_engines(tmp_path: Path) 
     assert (done.returncode, done.stdout) == (2, "")
     assert "ModelOpt 0.49.0 is too new for engines" in done.stderr
     assert "pip install nvidia-modelopt==0.47.0, or runtime: tensorrt_llm_llmapi" in done.stderr
+
+
+WRONG_KINDS: dict[str, Any] = {
+    "architectures": 5,
+    "head_dim": "wide",
+    "num_hidden_layers": float("inf"),
+    "hidden_size": True,
+    "intermediate_size": 10**30,
+    "sliding_window": [4096],
+    "rope_parameters": "llama3",
+    "rope_theta": "10000",
+    "rms_norm_eps": {},
+    "mlp_only_layers": 3,
+    "quantization_config": ["FP8"],
+}
+
+
+@pytest.mark.parametrize("key", WRONG_KINDS)
+def test_a_config_key_of_the_wrong_kind_is_a_damaged_source(
+    key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = write_spec(tmp_path, LLAMA | {key: WRONG_KINDS[key]}, ENGINES, {"scheme": "none"})
+    status, out, err = plan(capsys, spec)
+    assert (status, out) == (1, ""), err
+    assert f"config.json: {key} must be " in err
+    assert "\n  hint: " in err
+
+
+@pytest.mark.parametrize("path", ["x\0y", "x" * 5000, "~nobody-of-this-name/x", "loop"])
+def test_a_path_that_cannot_be_looked_up_is_named(
+    path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    spec = write_spec(tmp_path, LLAMA, ENGINES, {"scheme": "none"}, source={"path": path})
+    status, out, err = plan(capsys, spec)
+    assert out == ""
+    assert status in (1, 2), err
+    assert "cannot be looked up" in err
+    assert len(err) < 1000
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        ({"runtime": "vllm"}, "targets.0: unknown runtime 'vllm'; allowed: onnxruntime, tensorrt_llm, tensorrt_llm_llmapi"),
+        ({}, "targets.0: required key runtime is missing"),
+        (ENGINES | {"toolchain": 26.07}, "must be text (seen: 26.07); write it in quotes"),
+        (ENGINES | {"devices": [[0], [0]]}, "share a GPU between instances"),
+        (ENGINES | {"parallelism": {"tensor": 10**30}}, "less than or equal to 64"),
+    ],
+)  # fmt: skip
+def test_a_wrong_target_is_one_problem(
+    target: Document, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, _, err = plan(capsys, write_spec(tmp_path, LLAMA, target, {"scheme": "none"}))
+    assert status == 2
+    assert words in err
+    assert len(err.splitlines()) == 2, err

@@ -99,7 +99,8 @@ def write_engines(directory: Path, **build_config: Any) -> Path:
         "max_batch_size": 4,
         "max_input_len": 64,
         "max_seq_len": 96,
-        "max_num_tokens": 8192,
+        "max_num_tokens": 4
+        * 96,  # trtllm-build keeps no more than the batch can hold, whatever was asked for.
         "max_beam_width": 1,
         "plugin_config": {"use_paged_context_fmha": True},
     }

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from enginesmith.checkpoints.config_kinds import check_kinds
 from enginesmith.checkpoints.tensors import CONFIG_FILE, CheckpointTensors
 from enginesmith.errors import SourceError
 from enginesmith.platforms import ARCHITECTURES
@@ -158,6 +159,7 @@ def dimensions_of(config: Mapping[str, Any], architecture: str, path: Path) -> D
             raise SourceError(f"{path}: {key} must be a whole number of at least 1, seen: {value!r}")
         return value
 
+    check_kinds(config, path)
     heads, hidden_size = size("num_attention_heads"), size("hidden_size")
     kv_heads = size("num_key_value_heads", _kv_heads_default(config, architecture, heads))
     if heads % kv_heads:

@@ -197,7 +197,7 @@ def decoder_from_config(config: Mapping[str, Any], path: Path) -> Decoder:
         kv_heads=sizes.kv_heads,
         head_dim=_head_dim(config, architecture, sizes.head_dim),
         vocab=sizes.vocab_size,
-        norm_epsilon=float(config.get("rms_norm_eps", 1e-6)),
+        norm_epsilon=float(config.get("rms_norm_eps") or 1e-6),  # null: transformers' default
         max_positions=_positive(config, file, keys=("max_position_embeddings",)),
         rope_base=base,
         rope_scaling=scaling,

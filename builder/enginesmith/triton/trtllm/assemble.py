@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from enginesmith.engines.tensorrt_llm.arguments import effective_max_num_tokens
 from enginesmith.errors import SourceError, SpecError
 from enginesmith.spec import Serving
 from enginesmith.steps import StepContext
@@ -130,7 +131,7 @@ def _limits(
         "max_batch_size": serving.max_batch_size,
         "max_input_len": serving.prompt_limit,
         "max_seq_len": serving.max_sequence_length,
-        "max_num_tokens": target.max_num_tokens,
+        "max_num_tokens": effective_max_num_tokens(target, serving),
         "max_beam_width": target.max_beam_width,
         **wanted,
         "dtype": converted.get("dtype"),
