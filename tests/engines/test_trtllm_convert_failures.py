@@ -69,6 +69,20 @@ def test_a_process_killed_while_it_writes_leaves_nothing_that_looks_complete(tmp
     assert {path.name for path in out.iterdir()} == {"config.json", "rank0.safetensors", "rank1.safetensors"}
 
 
+def test_a_second_writer_is_refused_and_the_first_loses_nothing(tmp_path: Path) -> None:
+    source, out = random_checkpoint(tmp_path / "source", GEOMETRY), tmp_path / "out"
+    with process(source, out, "killed") as first:
+        assert first.stdout is not None
+        assert first.stdout.readline() == "writing\n"
+        with pytest.raises(OperatorError, match="another process is writing a TensorRT-LLM checkpoint in"):
+            convert_checkpoint(source, out, mapping=Mapping(1))
+        _, errors = first.communicate()  # Closes what it waits for.
+    assert (first.returncode, errors) == (0, "")
+    convert_checkpoint(source, tmp_path / "alone", mapping=Mapping(2))
+    alone = {path.name: path.read_bytes() for path in (tmp_path / "alone").iterdir()}
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == alone
+
+
 def test_a_file_size_limit_is_one_error_and_leaves_nothing(tmp_path: Path) -> None:
     source, out = random_checkpoint(tmp_path / "source", GEOMETRY), tmp_path / "out"
     with process(source, out, "limited") as running:

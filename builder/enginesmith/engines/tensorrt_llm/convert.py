@@ -6,8 +6,11 @@ is written last, so a directory without it is not a checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import fcntl
+import os
+from collections.abc import Callable, Iterator
 from collections.abc import Mapping as AbstractMapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -65,15 +68,34 @@ def convert_checkpoint(
     Raises:
         SourceError: the checkpoint is not one that TensorRT-LLM can run, or is damaged.
         SpecError: the mapping does not divide the model.
-        OperatorError: ``out`` holds a checkpoint already, or cannot be written.
+        OperatorError: ``out`` holds a checkpoint already, another process is writing one there, or it cannot be written.
     """
     tensors = CheckpointTensors(source)
     plan = plan_conversion(tensors, mapping)
     document = checkpoint_config(plan)
     scales = Scales(scalar_scales(tensors, plan), tensors)
     out.mkdir(parents=True, exist_ok=True)
-    if (out / CONFIG_FILE).exists():
-        raise OperatorError(f"{out} holds a checkpoint already", hint="give an empty directory")
-    write_ranks(plan, tensors, out=out, scales=scales, workers=workers, progress=progress)
-    write_json_atomically(out / CONFIG_FILE, document)
+    with _only_writer(out):
+        if (out / CONFIG_FILE).exists():
+            raise OperatorError(f"{out} holds a checkpoint already", hint="give an empty directory")
+        write_ranks(plan, tensors, out=out, scales=scales, workers=workers, progress=progress)
+        write_json_atomically(out / CONFIG_FILE, document)
     return plan
+
+
+@contextmanager
+def _only_writer(out: Path) -> Iterator[None]:
+    """Hold the lock of the directory; the system gives it back when this process ends, however it ends."""
+    directory = os.open(out, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(directory)
+        raise OperatorError(
+            f"another process is writing a TensorRT-LLM checkpoint in {out}",
+            hint="wait for it, or give another directory",
+        ) from error
+    try:
+        yield
+    finally:
+        os.close(directory)
