@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from enginesmith.plan import Plan, Step
+from enginesmith.steps import REHEARSALS
 from enginesmith.store import Artifact
 
 if TYPE_CHECKING:
@@ -41,11 +42,12 @@ class VariantReport:
     passed: bool | None
     """The gate's verdict."""
     rehearsed: bool
+    """On every target."""
     duration_s: float | None
     """Of this variant's own steps, whenever they ran."""
     peak_rss_bytes: int | None
     keys: Mapping[str, str]
-    """The artifact of each of its steps."""
+    """The artifact of each of its steps, as ``kind`` or ``kind@target``."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +84,10 @@ def build_report(plan: Plan, artifacts: Mapping[str, Artifact]) -> BuildReport:
 
 def _variant_report(plan: Plan, name: str, artifacts: Mapping[str, Artifact]) -> VariantReport:
     own: dict[str, Step] = {step.kind: step for step in plan.steps_of(name, None) if step.variant}
-    made = {kind: artifacts[step.key] for kind, step in own.items() if step.key in artifacts}
-    facts = {kind: artifact.facts for kind, artifact in made.items()}
+    everywhere = [step for step in plan.steps if step.variant == name]
+    made = [artifacts[step.key] for step in everywhere if step.key in artifacts]
+    facts = {kind: artifacts[step.key].facts for kind, step in own.items() if step.key in artifacts}
+    rehearsals = [step for step in everywhere if step.kind in REHEARSALS]
     lowered, measured = facts.get("lower", {}), facts.get("measure", {})
     engine_bytes = _number(lowered, "engine_bytes")
     return VariantReport(
@@ -100,10 +104,10 @@ def _variant_report(plan: Plan, name: str, artifacts: Mapping[str, Artifact]) ->
         fast_cost_top1_agreement=_number(measured, "fast_cost", "top1_agreement"),
         fast_cost_mean_logprob_delta=_number(measured, "fast_cost", "mean_logprob_delta"),
         passed=bool(facts["verify"]["passed"]) if "passed" in facts.get("verify", {}) else None,
-        rehearsed="rehearse" in made,
-        duration_s=sum(artifact.duration_s for artifact in made.values()) if len(made) == len(own) else None,
-        peak_rss_bytes=max((artifact.peak_rss_bytes for artifact in made.values()), default=None),
-        keys={kind: step.key for kind, step in own.items()},
+        rehearsed=bool(rehearsals) and all(step.key in artifacts for step in rehearsals),
+        duration_s=sum(artifact.duration_s for artifact in made) if len(made) == len(everywhere) else None,
+        peak_rss_bytes=max((artifact.peak_rss_bytes for artifact in made), default=None),
+        keys={step.kind + (f"@{step.target}" if step.target else ""): step.key for step in everywhere},
     )
 
 

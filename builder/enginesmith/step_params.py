@@ -45,12 +45,11 @@ def fetch_params(spec: ModelSpec, store: ArtifactStore) -> Params:
 def verify_params(spec: ModelSpec, variant: Variant) -> Params:
     """The limits that the gate applies."""
     verify = spec.verify
-    unquantized = variant.scheme == "none"
     return {
         "scheme": variant.scheme,
         "limits": {
-            "lowering": None if unquantized else _limits(verify.lowering),
-            "baseline": _limits(verify.baseline) if unquantized else None,
+            "lowering": _limits(verify.lowering),
+            "baseline": _limits(verify.baseline) if variant.scheme == "none" else None,
             "quality": _limits(variant.quality or verify.quality),
         },
         "max_repeated_run": verify.max_repeated_run,

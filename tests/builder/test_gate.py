@@ -16,6 +16,7 @@ from enginesmith.spec import BASELINE_LIMITS, LOWERING_LIMITS, QUALITY_LIMITS, L
 from enginesmith.verify.gate import run
 
 GOOD: dict[str, Any] = {
+    "quant_algo": "W4A16_AWQ",
     "exact": {"positions": 2550, "top1_agreement": 0.999, "mean_logprob_delta": 0.0005, "max_logit_delta": 0.2},
     "quality": {"top1_agreement": 0.8, "mean_logprob_delta": 0.1, "perplexity": 22.0, "baseline_perplexity": 20.0, "perplexity_increase": 0.1},
     "fast_cost": None,
@@ -117,7 +118,11 @@ def test_every_failed_check_is_listed_and_the_verdict_is_written(tmp_path: Path)
 
 def test_the_baseline_is_held_to_its_own_limits(tmp_path: Path) -> None:
     with pytest.raises(GateError, match=r"baseline\.max_logit_delta: measured 0\.2, limit at most 0\.01"):
-        gate(tmp_path, GOOD, scheme="none")
+        gate(tmp_path, with_figure("quant_algo", None), scheme="none")
+
+
+def test_a_checkpoint_that_came_quantized_is_held_to_the_limits_of_lowering(tmp_path: Path) -> None:
+    assert gate(tmp_path, GOOD, scheme="none")["passed"]
 
 
 def test_a_limit_left_out_is_not_enforced(tmp_path: Path) -> None:

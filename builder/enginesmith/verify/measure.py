@@ -57,6 +57,7 @@ def run(context: StepContext) -> Mapping[str, Any]:
         else exact
     )
     measurements: dict[str, Any] = {
+        "quant_algo": engine["quant_algo"],
         "exact": asdict(agreement(reference, exact)),
         "noise": load_noise(context.inputs["reference"]),
         "fast_cost": _closeness(exact, served) if approximates else None,
