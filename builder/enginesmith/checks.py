@@ -16,7 +16,7 @@ from enginesmith.checkpoints.config_kinds import check_kinds
 from enginesmith.errors import SourceError, SpecError
 from enginesmith.legality import check_targets
 from enginesmith.model_fit import GROUP_SIZES, config_size
-from enginesmith.platforms import ARCHITECTURES, MOE_ARCHITECTURES
+from enginesmith.platforms import ARCHITECTURES, MOE_ARCHITECTURES, RUNTIME_ARCHITECTURES
 from enginesmith.spec import ModelSpec, Variant
 from enginesmith.stored_quantization import stored_algorithm, stored_section
 
@@ -101,7 +101,9 @@ def _check_architecture(hf_config: Mapping[str, Any]) -> None:
         raise SpecError(
             f"architecture {', '.join(map(str, seen)) or '(none named in config.json)'} is not supported; "
             f"supported: {', '.join(ARCHITECTURES)}",
-            hint="choose a checkpoint of a supported architecture",
+            hint="the runtime tensorrt_llm_llmapi takes it, with verify.twin: false"
+            if len(seen) == 1 and seen[0] in RUNTIME_ARCHITECTURES["tensorrt_llm_llmapi"]
+            else "choose a checkpoint of a supported architecture",
         )
 
 

@@ -95,6 +95,7 @@ REFUSED: dict[str, tuple[Document, Document, Document, Document, tuple[str, ...]
     "FP8 on SM80": (LLAMA, ENGINES | {"gpu": "a100"}, {"scheme": "fp8"}, {}, ("FP8 needs SM89", "none, int8_sq, int8_wo, int4_awq", "h100")),
     "W8A8 with the LLM API": (LLAMA, LLMAPI, {"scheme": "int8_sq"}, {}, ("does not take ModelOpt's INT8", "none, int4_awq, w4a8_awq, fp8", "runtime: tensorrt_llm")),
     "DeepSeek-V3 engines": (DEEPSEEK_V3, ENGINES | ON_EIGHT_H200, {"scheme": "none"}, NO_TWIN, ("DeepseekV3ForCausalLM cannot run on runtime tensorrt_llm", "runtime: tensorrt_llm_llmapi")),
+    "DeepSeek-V3 with a twin": (DEEPSEEK_V3, LLMAPI | ON_EIGHT_H200, {"scheme": "none"}, {}, ("the runtime tensorrt_llm_llmapi takes it, with verify.twin: false",)),
     "AWQ groups cut by tensor parallelism": (LLAMA, ENGINES | {"parallelism": {"tensor": 4}}, {"scheme": "int4_awq"}, {}, ("2752 inputs of down_proj, no multiple of group_size 128", "group_size 32 or 64", "parallelism.tensor 1 or 2")),
     "experts quantized here": (MIXTRAL, ENGINES | {"parallelism": {"tensor": 4}}, {"scheme": "fp8"}, {}, ("experts are not quantized here", "scheme: none", "verify.twin: false")),
     "experts quantized here, ONNX Runtime": (MIXTRAL, {"runtime": "onnxruntime"}, {"scheme": "int8_wo"}, {}, ("experts are not quantized here",)),

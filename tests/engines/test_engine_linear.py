@@ -19,12 +19,11 @@ from enginesmith.engines.onnxruntime.graph import Graph, WeightsFile
 from enginesmith.engines.onnxruntime.linear import (
     Kind,
     Linear,
-    LinearWriter,
     fp8_from_int4,
-    quantize_rows,
     read_linear,
     stack,
 )
+from enginesmith.engines.onnxruntime.linear_writer import LinearWriter, quantize_rows
 
 Float = npt.NDArray[np.float32]
 Outputs = dict[str, Float]

@@ -32,13 +32,12 @@ from enginesmith.engines.onnxruntime.experts import FeedForwardWriter
 from enginesmith.engines.onnxruntime.graph import MICROSOFT, Array, Graph
 from enginesmith.engines.onnxruntime.linear import (
     Linear,
-    LinearWriter,
-    quantize_rows,
     read_float,
     read_linear,
     read_scalar_scale,
     stack,
 )
+from enginesmith.engines.onnxruntime.linear_writer import LinearWriter, quantize_rows
 
 HEAD_BLOCK = 32
 """Columns per scale of the 8-bit output head that fast mode adds."""

@@ -15,7 +15,8 @@ from enginesmith.checkpoints.tensors import CheckpointTensors
 from enginesmith.checkpoints.validate import moe_block
 from enginesmith.engines.onnxruntime.architecture import Architecture, MixtureOfExperts
 from enginesmith.engines.onnxruntime.graph import Graph
-from enginesmith.engines.onnxruntime.linear import LinearWriter, read_linear
+from enginesmith.engines.onnxruntime.linear import read_linear
+from enginesmith.engines.onnxruntime.linear_writer import LinearWriter
 
 _DENSE = ("gate_proj", "up_proj", "down_proj")
 
