@@ -261,6 +261,8 @@ DAMAGE: dict[str, tuple[Edit, type[EnginesmithError], str]] = {
     "damaged GPU record": (lambda d: (d / GPU_FILE).write_text("no devices were found\n") and None, SourceError, "does not describe a GPU"),
     "another world size": (edit("pretrained_config.mapping", "world_size", 4), OperatorError, "have world_size 4, the target's parallelism asks for 2"),
     "another parallelism": (edit("pretrained_config.mapping", "tp_size", 1), OperatorError, "have tp_size 1"),
+    "another model": (edit("pretrained_config", "num_hidden_layers", 7), OperatorError, "have num_hidden_layers 7, the variant's checkpoint has 4"),
+    "another vocabulary": (edit("pretrained_config", "vocab_size", 7), OperatorError, "these are the engines of another model"),
     "another scheme": (edit("pretrained_config.quantization", "quant_algo", "W4A16_AWQ"), OperatorError, "have quant_algo W4A16_AWQ, the variant's checkpoint has FP8"),
     "another KV cache": (edit("pretrained_config.quantization", "kv_cache_quant_algo", "FP8"), OperatorError, "have kv_cache_quant_algo FP8, the variant's checkpoint has none"),
     "small batch": (edit("build_config", "max_batch_size", 4), OperatorError, "max_batch_size 4, the spec needs 8"),
@@ -278,6 +280,7 @@ DAMAGE: dict[str, tuple[Edit, type[EnginesmithError], str]] = {
     "incomplete sums": (lambda d: write_sums(d, names=("config.json",)), SourceError, "has no line for rank0.engine"),
     "no config": (lambda d: (d / "config.json").unlink(), SourceError, "config.json is missing"),
     "damaged config": (cut("config.json", 40), SourceError, "is not valid JSON"),
+    "a checkpoint's config": (edit("", "version", None), SourceError, "does not say which TensorRT-LLM wrote it"),
     "the checkpoint's config": (lambda d: (d / "config.json").write_text('{"version": "1.2.1"}') and None, SourceError, "has no section pretrained_config.mapping"),
 }  # fmt: skip
 

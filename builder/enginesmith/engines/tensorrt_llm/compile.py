@@ -62,7 +62,8 @@ def run(context: StepContext) -> Mapping[str, Any]:
     converted = context.inputs["converted"]
     precision = precision_of(converted)
     _require_tokenizer(context.inputs["checkpoint"])
-    checks = _Checks(target, serving, context.params["version"], precision, _rank_bytes(converted))
+    model = read_json_object(converted / "config.json")
+    checks = _Checks(target, serving, context.params["version"], precision, model, _rank_bytes(converted))
     if engine_dir := location.get("engine_dir"):
         context.progress(None, f"checking the engines in {engine_dir}")
         checks.validate(Path(engine_dir), digests=False)
@@ -94,6 +95,7 @@ class _Checks:
     serving: Serving
     version: str
     precision: Precision
+    model: Mapping[str, Any]
     checkpoint_bytes: Sequence[int]
 
     def validate(self, directory: Path, *, digests: bool = True) -> EngineFacts:
@@ -103,6 +105,7 @@ class _Checks:
             serving=self.serving,
             version=self.version,
             precision=self.precision,
+            model=self.model,
             checkpoint_bytes=self.checkpoint_bytes,
             digests=digests,
         )

@@ -34,6 +34,14 @@ from enginesmith.targets import TensorRtLlmTarget
 
 CONFIG_FILE = "config.json"
 
+_MODEL_KEYS = (
+    "architecture",
+    "dtype",
+    "num_hidden_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "vocab_size",
+)
 # An engine holds the weights of its rank's checkpoint: about as many bytes, half of them where 16-bit weights are
 # quantized while building (W8A16), less an output head that shares the embedding's memory.
 _LEAST_SHARE_OF_CHECKPOINT = 0.4
@@ -60,18 +68,19 @@ def validate_engine_directory(
     serving: Serving,
     version: str,
     precision: Precision,
+    model: Mapping[str, Any],
     checkpoint_bytes: Sequence[int] = (),
     digests: bool = True,
 ) -> EngineFacts:
     """Facts about ``directory``, if it holds the complete engines of this target.
 
-    ``checkpoint_bytes`` are the sizes of the ranks' checkpoints that were compiled, where they are known;
+    ``model`` is the ``config.json`` of the checkpoint that was compiled. ``checkpoint_bytes`` are the sizes of the ranks' checkpoints that were compiled, where they are known;
     ``digests`` says whether to read every byte against ``SHA256SUMS``, where that is there.
 
     Raises:
         SourceError: a file is missing, damaged or cut off.
         ToolchainError: another version of TensorRT-LLM or another GPU built the engines.
-        OperatorError: they were built with another mapping, precision or limits than the spec's.
+        OperatorError: they are another model's, or were built with another mapping, precision or limits than the spec's.
     """
     if not directory.is_dir():
         raise SourceError(
@@ -81,6 +90,7 @@ def validate_engine_directory(
     _check_version(directory, config, version)
     gpu = _recorded_gpu(directory, target)
     _check_mapping(directory, config, target)
+    _check_model(directory, config, model)
     _check_precision(directory, config, precision)
     _check_limits(directory, config, target, serving, precision=precision)
     sizes = _check_ranks(directory, target, checkpoint_bytes)
@@ -98,7 +108,12 @@ def _check_version(directory: Path, config: Mapping[str, Any], expected: str) ->
     seen = config.get("version")
     if seen == expected:
         return
-    known = toolchain_with(str(seen))
+    if not isinstance(seen, str):
+        raise SourceError(
+            f"{directory / CONFIG_FILE} does not say which TensorRT-LLM wrote it: its version is {seen!r}",
+            hint="it must be the config.json that trtllm-build wrote beside the engines, not a checkpoint's",
+        )
+    known = toolchain_with(seen)
     raise ToolchainError(
         f"the engines in {directory} were built by TensorRT-LLM {seen}, the target's toolchain has {expected}: "
         "an engine runs in the version that built it only",
@@ -142,6 +157,17 @@ def _check_mapping(directory: Path, config: Mapping[str, Any], target: TensorRtL
             raise OperatorError(
                 f"the engines in {directory} have {key} {mapping.get(key)!r}, the target's parallelism asks for {value}",
                 hint="build them from this spec's converted checkpoint, or change parallelism in the target",
+            )
+
+
+def _check_model(directory: Path, config: Mapping[str, Any], model: Mapping[str, Any]) -> None:
+    """Engines of another model are not told apart by their files: those load, and answer with noise."""
+    built = _section(directory, config, "pretrained_config")
+    for key in _MODEL_KEYS:
+        if built.get(key) != model.get(key):
+            raise OperatorError(
+                f"the engines in {directory} have {key} {built.get(key)!r}, the variant's checkpoint has {model.get(key)!r}",
+                hint="these are the engines of another model; give the directory of this one's",
             )
 
 
