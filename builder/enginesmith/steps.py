@@ -209,7 +209,13 @@ STEP_KINDS: Mapping[StepName, StepKind] = {
             "rehearse_trtllm",
             "enginesmith.triton.trtllm.rehearse:run",
             _REHEARSAL_TOOLS,
-            (*_REHEARSAL_CODE, "enginesmith.triton.trtllm", "enginesmith.triton.models.trtllm_twin"),
+            (
+                *_REHEARSAL_CODE,
+                "enginesmith.triton.trtllm",
+                "enginesmith.triton.launch",
+                "enginesmith.triton.models.trtllm_twin",
+                _BUILD_ARGUMENTS,
+            ),
             unkeyed_params=("server",),
         ),
         StepKind(
