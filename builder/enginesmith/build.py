@@ -11,13 +11,14 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from packaging.requirements import Requirement
 
 from enginesmith.checks import check_legal, read_hf_config
 from enginesmith.engines.tensorrt_llm.toolchain import require_compiler
-from enginesmith.errors import EnginesmithError, ToolchainError
+from enginesmith.errors import EnginesmithError, SourceError, ToolchainError
 from enginesmith.plan import MISSING_TOOL, Plan, Step
 from enginesmith.records import remember_build, remember_root
 from enginesmith.runner import DiskFullInWorkerError, Runner, StepRequest
@@ -278,16 +279,21 @@ def _check_toolchain(steps: Sequence[Step]) -> None:
 
 
 def _check_compilers(plan: Plan, store: ArtifactStore) -> None:
-    """Engines are compiled last, hours may lie before it, and most machines cannot do it: so it is asked first."""
-    for target in plan.spec.targets:
-        if isinstance(target, TensorRtLlmTarget) and any(
-            step.kind == "compile"
-            and step.target == target.name
-            and not step.params["location"]["engine_dir"]
-            and store.get(step.key) is None
-            for step in plan.steps
-        ):
-            require_compiler(target)
+    """Engines come last, hours may lie before them, and most machines cannot compile any: so it is asked first."""
+    targets = {target.name: target for target in plan.spec.targets}
+    for step in plan.steps:
+        if step.kind != "compile" or store.get(step.key) is not None:
+            continue
+        if engine_dir := step.params["location"]["engine_dir"]:
+            if not (Path(engine_dir) / "config.json").is_file():
+                raise SourceError(
+                    f"{engine_dir} holds no engines: config.json, which trtllm-build writes, is missing",
+                    hint="give the directory that trtllm-build wrote with --output_dir",
+                )
+            continue
+        target = targets[step.target or ""]
+        assert isinstance(target, TensorRtLlmTarget), target
+        require_compiler(target)
 
 
 def _extras_with(distribution: str) -> list[str]:

@@ -6,6 +6,7 @@ What is left out of a step's parameters can be edited in the spec without runnin
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from enginesmith.digests import source_digest, tree_digest
@@ -212,8 +213,12 @@ def compile_params(
 ) -> Params:
     """What ``trtllm-build`` compiles in, and nothing that can be changed without compiling again.
 
-    ``version`` is the toolchain's TensorRT-LLM. ``engine_dir`` holds engines that were built elsewhere.
+    ``version`` is the toolchain's TensorRT-LLM. ``engine_dir`` holds engines that were built elsewhere: other engines are
+    another artifact. Where the directory holds none yet, nothing of it is in the key.
     """
+    adopted: Params = {}
+    if engine_dir is not None and (Path(engine_dir) / "config.json").is_file():
+        adopted = {"engines_sha256": tree_digest(Path(engine_dir), store.digests)}
     serving = Serving(
         max_batch_size=spec.serving.max_batch_size,
         dynamic_batching=None,
@@ -228,6 +233,7 @@ def compile_params(
         "serving": serving.model_dump(mode="json"),
         "version": version,
         "compute_capability": capability,
+        **adopted,
         "location": {
             "engine_dir": engine_dir,
             "timing_cache": str(

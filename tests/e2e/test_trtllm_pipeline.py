@@ -100,9 +100,14 @@ def test_engines_from_the_printed_script_are_adopted(deployed: Project, tmp_path
     choice = ("--target", "tp2", "--engine-dir", engines)
     built = project.run("build", project.spec, *choice, PATH="/usr/bin:/bin").assert_ok()
     assert ("compile", "awq@tp2") in built.built
-    (engines / "rank1.engine").unlink()
-    project.forget(next(step["key"] for step in project.plan() if step["kind"] == "compile"))
-    project.run("build", project.spec, *choice, PATH="/usr/bin:/bin").assert_one_error(1, "rank1.engine")
+    assert project.run("build", project.spec, *choice).assert_ok().built == set()
+
+    (engines / "rank1.engine").unlink()  # Other engines are other engines, whatever the store has.
+    project.run("build", project.spec, *choice).assert_one_error(1, "rank1.engine")
+    (engines / "config.json").unlink()
+    refused = project.run("build", project.spec, *choice)
+    refused.assert_one_error(1, "holds no engines")
+    assert refused.steps == {}
 
 
 def test_two_deployments_of_one_name_are_refused(deployed: Project, tmp_path: Path) -> None:
