@@ -50,7 +50,7 @@ def test_the_same_inputs_give_the_same_bytes(tmp_path: Path, checkpoint: Path) -
 
 def test_served_code_imports_nothing_of_enginesmith_and_little_else(tmp_path: Path, checkpoint: Path) -> None:
     repository = assembled(tmp_path, checkpoint, step_params())
-    allowed = {"numpy", "tokenizers", "triton_python_backend_utils", "text_pieces"}
+    allowed = {"numpy", "tokenizers", "triton_python_backend_utils", "text_pieces", "bls_tensors"}
     import sys
 
     for file in repository.rglob("*.py"):

@@ -16,6 +16,7 @@ from enginesmith.triton.models.trtllm_text.text_pieces import (
     StopText,
     TokenWindow,
     load_tokenizer,
+    read_parameters,
     utf8,
     word_lists,
 )
@@ -144,3 +145,10 @@ def test_the_tokenizer_beside_the_model_comes_before_the_configured_one(tmp_path
     (tmp_path / "elsewhere").mkdir()
     with pytest.raises(FileNotFoundError, match=r"looked in .*elsewhere and /not/there"):
         load_tokenizer(tmp_path / "elsewhere", "/not/there")
+
+
+def test_a_parameter_that_is_not_there_is_named() -> None:
+    parameters = read_parameters('{"parameters": {"tokenizer_dir": {"string_value": "/models"}}}')
+    assert parameters["tokenizer_dir"] == "/models"
+    with pytest.raises(ValueError, match="no parameter accumulate_tokens"):
+        parameters["accumulate_tokens"]

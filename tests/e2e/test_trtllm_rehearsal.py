@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -11,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "builder"))
@@ -20,6 +23,7 @@ from trtllm_deployment import Context, assembled, deployment, step_params
 import enginesmith
 from enginesmith.engines.onnxruntime import lower
 from enginesmith.errors import EnginesmithError, GateError, ServerError
+from enginesmith.triton.config import config_text, parse_config
 from enginesmith.triton.placement import contents_digest, tree_contents
 from enginesmith.triton.server import TritonServer
 from enginesmith.triton.trtllm import rehearse
@@ -79,20 +83,31 @@ def test_an_echo_plays_where_there_is_no_twin_and_the_report_says_so(tmp_path: P
     assert run_rehearsal(tmp_path / "rehearse", built, echo=True)["played_by"] == "echo"
 
 
-def test_streams_that_accumulate_pass(tmp_path: Path, built: Built) -> None:
-    params = step_params({"accumulate_tokens": True, "model_prefix": "grow-"})
+def test_streams_that_accumulate_pass_with_few_places_and_several_postprocessors(
+    tmp_path: Path, built: Built
+) -> None:
+    """Two instances of postprocessing end the pieces of a stream in any order; they must arrive in the right one."""
+    target = {"accumulate_tokens": True, "postprocessing_instances": 2, "bls_instances": 1}
+    queue = {"dynamic_batching": {"queue_policy": {"max_queue_size": 1}}}
+    params = step_params({**target, "model_prefix": "grow-"}, queue)
     repository = assembled(tmp_path, built.checkpoint, params)
     document = run_rehearsal(tmp_path / "rehearse", built, repository=repository, **params)
     streams = [check for check in document["checks"] if "responses that grow" in check["expected"]]
-    assert len(streams) == 2
+    assert len(streams) == 3
 
 
-def test_a_deployment_without_streams_passes_and_refuses_them(tmp_path: Path, built: Built) -> None:
-    params = step_params({"streaming": False})
+def test_a_deployment_of_single_requests_without_streams_passes_and_refuses_others(
+    tmp_path: Path, built: Built
+) -> None:
+    params = step_params({"streaming": False}, {"max_batch_size": 1})
     repository = assembled(tmp_path, built.checkpoint, params)
     document = run_rehearsal(tmp_path / "rehearse", built, repository=repository, **params)
     (stream,) = [check for check in document["checks"] if check["name"] == "tensorrt_llm_bls: stream"]
     assert "decoupled" in stream["seen"]
+    (rows,) = [
+        check for check in document["checks"] if check["name"] == "tensorrt_llm_bls: rows of one request"
+    ]
+    assert "batch-size must be <= 1" in rows["seen"]
 
 
 def test_watching_for_clients_that_go_away_never_touches_a_request_that_ended(
@@ -109,7 +124,7 @@ def test_watching_for_clients_that_go_away_never_touches_a_request_that_ended(
     sources = Path(enginesmith.__file__).parents[1]
     with TritonServer(served, python_path=[sources]) as server:
         server.wait_ready()
-        ask = Asking(server.grpc_url, server.http_url, entries=configs, decoupled=True)
+        ask = Asking(server, entries=configs, decoupled=True)
 
         def one(number: int) -> str | None:
             inputs = {"max_tokens": (2,), "stream": (number % 2 == 0,)}
@@ -137,6 +152,17 @@ def without_tokenizer(repository: Path) -> None:
     (repository / "postprocessing" / "1" / "tokenizer.json").unlink()
 
 
+def without_parameter(model: str, name: str) -> Callable[[Path], None]:
+    def edit(repository: Path) -> None:
+        file = repository / model / "config.pbtxt"
+        config = parse_config(file.read_text())
+        del config.parameters[name]
+        file.unlink()
+        file.write_text(config_text(config))
+
+    return edit
+
+
 FAULTS: dict[str, tuple[Callable[[Path], None], type[EnginesmithError], str]] = {
     "a tensor of another type in a step of the ensemble": (
         edited(
@@ -156,36 +182,47 @@ FAULTS: dict[str, tuple[Callable[[Path], None], type[EnginesmithError], str]] = 
         GateError,
         r"tensorrt_llm/config.pbtxt:\d+: string_value: \"\$\{engine_dir\}\"",
     ),
+    "a parameter without which the backend does not load": (
+        without_parameter("tensorrt_llm", "tokenizer_dir"),
+        GateError,
+        "tensorrt_llm: the parameter tokenizer_dir is missing",
+    ),
+    "a value that the backend would replace by its default": (
+        edited("tensorrt_llm/config.pbtxt", '"guaranteed_no_evict"', '"guaranteed_no_evct"'),
+        GateError,
+        "batch_scheduler_policy is 'guaranteed_no_evct'; allowed: guaranteed_no_evict",
+    ),
+    "engines looked for elsewhere": (
+        edited("tensorrt_llm/config.pbtxt", '"/models/tensorrt_llm/1"', '"/models/other/1"'),
+        GateError,
+        "gpt_model_path is '/models/other/1', which is no version directory of tensorrt_llm",
+    ),
+    "a limit that the spec does not have": (
+        edited("preprocessing/1/limits.json", '"max_input_len": 64', '"max_input_len": 40'),
+        GateError,
+        "preprocessing/1/limits.json: max_input_len is 40, wanted is 64",
+    ),
+    "an end token that the checkpoint does not have": (
+        edited("preprocessing/1/limits.json", '"end_id": 2', '"end_id": 5'),
+        GateError,
+        "end_id is 5, wanted is 2",
+    ),
+    "streams switched off in one model": (
+        edited("tensorrt_llm_bls/config.pbtxt", "decoupled: true", "decoupled: false"),
+        GateError,
+        r"tensorrt_llm_bls: model_transaction_policy.decoupled is false, but the target may stream",
+    ),
+    "fewer rows than the ensemble takes": (
+        edited("postprocessing/config.pbtxt", "max_batch_size: 4", "max_batch_size: 1"),
+        GateError,
+        "ensemble takes 4 rows at once, but postprocessing only 1",
+    ),
+    "a launch of another target": (
+        edited("tensorrt_llm/1/launch.json", '"world_size": 1', '"world_size": 2'),
+        GateError,
+        "tensorrt_llm/1/launch.json does not say how this target is started",
+    ),
     "no tokenizer": (without_tokenizer, ServerError, "tokenizer.json is missing"),
-    "stop words and bad words exchanged": (
-        edited(
-            "preprocessing/1/model.py",
-            '"BAD_WORDS_IDS": word_lists(self._words(inputs, "BAD_WORDS_DICT"',
-            '"BAD_WORDS_IDS": word_lists(self._words(inputs, "STOP_WORDS_DICT"',
-        ),
-        GateError,
-        "ensemble: bad word",
-    ),
-    "the last character cut": (
-        edited("postprocessing/1/model.py", "next(texts).encode()", "next(texts).encode()[:-1]"),
-        GateError,
-        "characters of many bytes",
-    ),
-    "pieces cut inside characters": (
-        edited("tensorrt_llm_bls/1/text_pieces.py", "after.endswith(UNFINISHED)", "False"),
-        GateError,
-        "stream of characters of many bytes",
-    ),
-    "generations that go on without a client": (
-        edited("tensorrt_llm_bls/1/model.py", "self._ended.wait(period_s)", "self._ended.wait(1e6)"),
-        GateError,
-        "tensorrt_llm_bls: cancelled",
-    ),
-    "a bad request that takes its batch along": (
-        edited("preprocessing/1/model.py", "except RefusedError as error:", "except KeyError as error:"),
-        GateError,
-        "beside a bad request",
-    ),
 }
 
 
@@ -198,3 +235,117 @@ def test_a_fault_stops_the_build_and_is_named(tmp_path: Path, built: Built, faul
     with pytest.raises(kind, match=names):
         run_rehearsal(tmp_path / "rehearse", built, repository=repository)
     assert not list((tmp_path / "rehearse" / "out").iterdir())
+
+
+# One server shows them all: none of them is seen by the check of another.
+PLANTED: dict[str, Callable[[Path], None]] = {
+    "ensemble: bad word": edited(
+        "preprocessing/1/model.py",
+        '"BAD_WORDS_IDS": word_lists(self._words(inputs, "BAD_WORDS_DICT"',
+        '"BAD_WORDS_IDS": word_lists(self._words(inputs, "STOP_WORDS_DICT"',
+    ),
+    "tensorrt_llm_bls: stream of characters of many bytes": edited(
+        "tensorrt_llm_bls/1/text_pieces.py", "after.endswith(UNFINISHED)", "False"
+    ),
+    "tensorrt_llm_bls: cancelled": edited(
+        "tensorrt_llm_bls/1/model.py", "self._ended.wait(period_s)", "self._ended.wait(1e6)"
+    ),
+    "tensorrt_llm_bls: without the prompt": edited(
+        "tensorrt_llm_bls/1/bls_tensors.py", '            "exclude_input_in_output",\n', ""
+    ),
+    "tensorrt_llm_bls: token counts": edited(
+        "tensorrt_llm_bls/1/bls_tensors.py", '            "return_num_output_tokens",\n', ""
+    ),
+    "tensorrt_llm_bls: rows of one stream": edited(
+        "tensorrt_llm_bls/1/bls_tensors.py", '    "batch_index",\n', ""
+    ),
+    "ensemble: end token": edited(
+        "preprocessing/1/model.py",
+        '"END_ID", rows, default=self._limits["end_id"]',
+        '"END_ID", rows, default=-1',
+    ),
+    "beside a bad request": edited(
+        "preprocessing/1/model.py", "except RefusedError as error:", "except KeyError as error:"
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def complaint(tmp_path_factory: pytest.TempPathFactory, built: Built) -> str:
+    """What the rehearsal of a repository with everything in ``PLANTED`` says."""
+    root = tmp_path_factory.mktemp("planted")
+    shutil.copytree(built.repository, root / "repository")
+    for break_it in PLANTED.values():
+        break_it(root / "repository")
+    with pytest.raises(GateError) as caught:
+        run_rehearsal(root / "rehearse", built, repository=root / "repository")
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("check", PLANTED)
+def test_a_wrong_answer_is_named_with_what_was_asked_expected_and_seen(complaint: str, check: str) -> None:
+    assert re.search(rf"{re.escape(check)}: asked .+\n    expected .+\n    seen     .+", complaint)
+
+
+def test_what_was_not_planted_is_not_complained_about(complaint: str) -> None:
+    for check in ("ensemble: plain:", "ensemble: bias", "ensemble: token counts", "HTTP generate:"):
+        assert check not in complaint
+
+
+def test_a_model_that_never_ends_its_answers_is_waited_for_once(
+    tmp_path: Path, built: Built, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rehearse, "_PATIENCE_S", 2.0)
+    repository = tmp_path / "repository"
+    shutil.copytree(built.repository, repository)
+    edited("tensorrt_llm_bls/1/model.py", "self._sender.send(flags=_FINAL)", "pass")(repository)
+    with pytest.raises(GateError) as caught:
+        run_rehearsal(tmp_path / "rehearse", built, repository=repository)
+    assert str(caught.value).count("no final response in") <= 4
+    assert "tensorrt_llm_bls: plain: asked" in str(caught.value)
+    assert "ensemble: plain" not in str(caught.value)
+
+
+class Killer(Context):
+    """A step's context that kills a process when the step says a certain thing."""
+
+    note = "asking tensorrt_llm_bls in tritonserver"
+    command = ""
+
+    def progress(self, fraction: float | None, note: str = "") -> None:
+        super().progress(fraction, note)
+        if note == self.note:
+            children = psutil.Process().children(recursive=True)
+            (victim,) = [child for child in children if self.command in " ".join(child.cmdline())]
+            victim.kill()
+
+
+@pytest.mark.parametrize(
+    ("command", "kind", "names"),
+    [
+        (
+            "bin/tritonserver",
+            ServerError,
+            "tritonserver was killed by SIGKILL while .*tensorrt_llm_bls was asked",
+        ),
+        ("tensorrt_llm_bls/1/model.py", GateError, "tensorrt_llm_bls: plain: asked"),
+    ],
+)
+def test_a_process_that_dies_while_it_is_asked_is_one_clear_error_and_leaves_nothing(
+    tmp_path: Path,
+    built: Built,
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+    kind: type[EnginesmithError],
+    names: str,
+) -> None:
+    monkeypatch.setattr(rehearse, "_PATIENCE_S", 2.0)
+    inputs = {"repository": built.repository, "checkpoint": built.checkpoint, "engine": built.engine}
+    context = Killer(tmp_path / "rehearse", built.params | {"server": None}, inputs)
+    context.command = command
+    before = set(Path("/dev/shm").glob(f"enginesmith-{os.getpid()}-*"))
+    with pytest.raises(kind, match=names):
+        rehearse.run(context)
+    assert set(Path("/dev/shm").glob(f"enginesmith-{os.getpid()}-*")) == before
+    assert not [one for one in psutil.Process().children(recursive=True) if "triton" in one.name()]
+    assert not list(context.out.iterdir())

@@ -90,6 +90,7 @@ def run(context: StepContext) -> Mapping[str, Any]:
         with grpc.InferenceServerClient(server.grpc_url) as client:
             asking = _Asking(client, model)
             checks = run_checks(asking, subject)
+            server.require_alive("while it was asked")
             largest_batch = _largest_batch(client, model)
         facts = {
             "ready_s": round(ready_s, 3),

@@ -29,7 +29,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from enginesmith.errors import ServerError
+from enginesmith.errors import EnginesmithError, ServerError
 from enginesmith.triton.installation import ServerInstallation, find_server
 from enginesmith.triton.ports import LOOPBACK, claim_ports
 from enginesmith.triton.server_log import LoadProgress, explain_reason, poll_failures, tail
@@ -42,6 +42,7 @@ Progress = Callable[[float | None, str], None]
 LOAD_TIMEOUT_S = 300.0
 EXIT_TIMEOUT_S = 10
 _POLL_INTERVAL_S = 0.05
+_DYING_S = 1.0
 _SHARED_MEMORY = Path("/dev/shm")
 # Ends the server when the thread that started it ends, also when that is by kill -9. prctl belongs between fork
 # and exec, where Python code is unsafe in a process with threads; so a tiny program does it and becomes the server.
@@ -119,7 +120,11 @@ class TritonServer:
     ) -> None:
         if isinstance(error, Exception):
             self._keep_log = True
-        self.stop()
+        try:
+            if isinstance(error, Exception) and not isinstance(error, EnginesmithError):
+                self._blame_the_server(error)
+        finally:
+            self.stop()
 
     @property
     def http_url(self) -> str:
@@ -186,7 +191,7 @@ class TritonServer:
         progress = LoadProgress(self.log_path)
         last: tuple[float | None, str] | None = None
         while not self._is_live():
-            self._require_alive("while it was loading models")
+            self.require_alive("while it was loading models")
             now = (progress.update(), progress.note)
             if on_progress and now != last:
                 on_progress(*now)
@@ -226,7 +231,7 @@ class TritonServer:
         # A signal that arrives just before an unlimited wait would not interrupt it.
         while self._owner.is_alive():
             self._owner.join(_POLL_INTERVAL_S * 10)
-        self._require_alive("while it was serving")
+        self.require_alive("while it was serving")
 
     def stop(self) -> None:
         """End the server and everything it started. Does nothing when it is not running."""
@@ -309,7 +314,25 @@ class TritonServer:
             )
         return json.loads(body) if body else None
 
-    def _require_alive(self, when: str) -> None:
+    def _blame_the_server(self, error: Exception) -> None:
+        """Whatever its user could not do with a server that is dead, that is the reason."""
+        process = self._process
+        if process is None:
+            return
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            # Its connections break a little before it is dead.
+            process.wait(_DYING_S if isinstance(error, (OSError, http.client.HTTPException)) else 0)
+        try:
+            self.require_alive("while it was in use")
+        except ServerError as death:
+            raise death from error
+
+    def require_alive(self, when: str) -> None:
+        """Return when the server still runs; ``when`` is part of the error's sentence.
+
+        Raises:
+            ServerError: it ended, with the end of its log.
+        """
         status = self._running().poll()
         if status is None:
             return

@@ -69,12 +69,13 @@ class Pending:
         """Tell the server that nobody waits any more."""
         self._cancel()
 
-    def reply(self, timeout_s: float = REQUEST_TIMEOUT_S) -> Reply:
-        """The reply, once it is complete; a refusal says so when none came in time."""
-        try:
-            return self._replies.get(timeout=timeout_s)
-        except queue.Empty:
-            return Reply(refusal=f"no answer in {timeout_s:g} s")
+    def reply(self, timeout_s: float) -> Reply:
+        """The reply, once it is complete.
+
+        Raises:
+            queue.Empty: that took longer than ``timeout_s``.
+        """
+        return self._replies.get(timeout=timeout_s)
 
 
 class Asking:
@@ -85,13 +86,24 @@ class Asking:
         self._model = model
         self._decoupled = decoupled
         self._lock = threading.Lock()
+        # A model that was silent once would be for every check.
+        self._silent = False
         self.requests = 0
 
     def __call__(self, inputs: Inputs, *, request_id: str = "") -> Reply:
         """The reply to one request; ``inputs`` by tensor name."""
+        if self._silent:
+            return Reply(refusal="not asked: an earlier request got no final response")
         client = grpc.InferenceServerClient(self._url)
         try:
-            return self._start(client, inputs, request_id).reply()
+            pending = self._start(client, inputs, request_id)
+            try:
+                return pending.reply(REQUEST_TIMEOUT_S)
+            except queue.Empty:
+                self._silent = True
+                # Closing would wait for it, too.
+                pending.cancel()
+                return Reply(refusal=f"no final response in {REQUEST_TIMEOUT_S:g} s")
         finally:
             client.close()
 

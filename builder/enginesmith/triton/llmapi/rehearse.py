@@ -61,6 +61,7 @@ def run(context: StepContext) -> Mapping[str, Any]:
         context.progress(None, "asking tritonserver")
         asking = Asking(server.grpc_url, model, decoupled=target.streaming)
         checks = run_checks(asking, subject, journal, streaming=target.streaming, instances=target.instances)
+        server.require_alive("while it was asked")
         checks.append(check_generate(server.http_url, model, subject))
         facts = {
             "ready_s": round(ready_s, 3),

@@ -138,11 +138,11 @@ def _limits(
         "logits_dtype": target.logits_dtype,
         "paged_context": target.chunked_context or target.kv_cache.reuse,
         "vocab_size": int(converted["vocab_size"]),
-        **_end_tokens(checkpoint),
+        **end_tokens(checkpoint),
     }
 
 
-def _end_tokens(checkpoint: Path) -> dict[str, Any]:
+def end_tokens(checkpoint: Path) -> dict[str, Any]:
     """The token that ends an answer (-1: none), further ones that do, and the token that pads.
 
     TensorRT-LLM knows one end token. It is the tokenizer's, as in NVIDIA's preprocessing, unless the model's own

@@ -175,7 +175,11 @@ def postprocessing(deployment: Deployment) -> ModelConfig:
         inputs=tensors.POSTPROCESSING_INPUTS,
         outputs=tensors.POSTPROCESSING_OUTPUTS,
         max_batch_size=deployment.serving.max_batch_size,
-        dynamic_batching=DynamicBatching(max_queue_delay_us=0),
+        # The ensemble sends each response of a stream here as a request of its own: several instances end them in
+        # another order (seen on tritonserver 2.51), and the pieces of a text would change places.
+        dynamic_batching=DynamicBatching(
+            max_queue_delay_us=0, preserve_ordering=target.postprocessing_instances > 1
+        ),
         instances=target.postprocessing_instances,
         parameters={
             "tokenizer_dir": deployment.version_path("postprocessing"),

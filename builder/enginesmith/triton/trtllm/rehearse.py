@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.resources
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,12 @@ from enginesmith.spec import Serving
 from enginesmith.steps import StepContext
 from enginesmith.targets import TensorRtLlmTarget
 from enginesmith.triton.config import config_text
+from enginesmith.triton.launch import deployment_of, read_deployments
 from enginesmith.triton.placement import contents_digest, place_file, place_tree, tree_contents, tree_files
 from enginesmith.triton.rehearsal_report import Check, require_passed
 from enginesmith.triton.server import TritonServer, find_server
 from enginesmith.triton.trtllm.asking import Asking
+from enginesmith.triton.trtllm.backend_rules import backend_problems
 from enginesmith.triton.trtllm.configs import PARTS
 from enginesmith.triton.trtllm.placeholders import placeholders
 from enginesmith.triton.trtllm.scenarios import Stage, run_checks
@@ -39,6 +41,8 @@ ENGINE_FILES = ("rank*.engine", "config.json")
 TWIN, ECHO = "onnxruntime twin", "echo"
 # tritonserver 2.51 counts a cancelled request of an ensemble as running for ever and waits for it when it ends.
 _EXIT_TIMEOUT_S = 2
+_PATIENCE_S = 30.0
+_PATIENCE_FACTOR = 50
 _ENTRIES = ("ensemble", "tensorrt_llm_bls")
 _TWIN_FILES = ("model.onnx", "weights.bin", "engine.json")
 
@@ -54,24 +58,25 @@ def run(context: StepContext) -> Mapping[str, Any]:
     target = TensorRtLlmTarget.model_validate_json(json.dumps(params["target"]))
     serving = Serving.model_validate_json(json.dumps(params["serving"]))
     configs = read_configs(repository)
-    _require_sound(repository, configs)
     engine = context.inputs.get("engine")
     context.progress(None, "asking the engine without a server")
-    limits = read_limits(repository, target)
+    limits = read_limits(repository, context.inputs["checkpoint"], target, serving)
+    stand_in = _require_sound(repository, configs, target)
     subject = Subject(context.inputs["checkpoint"], limits, target, _player(engine, limits))
     served, played = context.scratch / "repository", context.scratch / "played.jsonl"
-    stand_in = configs[target.triton_model("tensorrt_llm")]
     place_with_stand_in(repository, served, stand_in, engine=engine, played=played)
+    patience_s = _patience_s(subject)
     started = time.monotonic()
     with _server(served, str(params.get("server") or "auto")) as server:
         server.wait_ready(on_progress=context.progress)
         ready_s = time.monotonic() - started
         entries = {target.triton_model(part): configs[target.triton_model(part)] for part in _ENTRIES}
-        ask = Asking(server.grpc_url, server.http_url, entries=entries, decoupled=target.streaming)
+        ask = Asking(server, entries=entries, decoupled=target.streaming, patience_s=patience_s)
         checks: list[Check] = []
         for part in _ENTRIES:
             context.progress(None, f"asking {part} in tritonserver")
             checks += run_checks(_stage(part, ask, subject, target=target, serving=serving, played=played))
+            server.require_alive(f"while {target.triton_model(part)} was asked")
         facts = {
             "ready_s": round(ready_s, 3),
             "requests": ask.requests,
@@ -79,32 +84,66 @@ def run(context: StepContext) -> Mapping[str, Any]:
             "played_by": TWIN if engine else ECHO,
         }
     require_passed(str(params["model_name"]), checks)
-    rehearsal = {
+    document = _report(params, target, repository, checks) | facts
+    (context.out / "rehearsal.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    return facts
+
+
+def _report(
+    params: Mapping[str, Any], target: TensorRtLlmTarget, repository: Path, checks: Sequence[Check]
+) -> dict[str, Any]:
+    return {
         "format": 1,
         "passed": True,
         "model": str(params["model_name"]),
         "models": [target.triton_model(part) for part in PARTS],
         "package_digest": contents_digest(tree_contents(repository)),
-        "not_rehearsed": [f"{stand_in.name}/1/{name}" for name in ENGINE_FILES],
+        "not_rehearsed": [f"{target.triton_model('tensorrt_llm')}/1/{name}" for name in ENGINE_FILES],
         "checks": [asdict(check) for check in checks],
-        **facts,
     }
-    (context.out / "rehearsal.json").write_text(json.dumps(rehearsal, indent=1) + "\n", encoding="utf-8")
-    return facts
 
 
-def _require_sound(repository: Path, configs: Mapping[str, ModelConfig]) -> None:
-    """What can be known without a server."""
+def _patience_s(subject: Subject) -> float:
+    """How long a response may take: it waits for others, each of which takes about as long as one without a server."""
+    started = time.monotonic()
+    subject.answer(subject.prompts[0])
+    return _PATIENCE_S + _PATIENCE_FACTOR * (time.monotonic() - started)
+
+
+def _require_sound(
+    repository: Path, configs: Mapping[str, ModelConfig], target: TensorRtLlmTarget
+) -> ModelConfig:
+    """The configuration of ``tensorrt_llm``, when all is right that can be known without a server."""
+    if missing := [name for name in map(target.triton_model, PARTS) if name not in configs]:
+        raise GateError(
+            f"models are missing in the repository: {', '.join(missing)}; it has: {', '.join(configs) or 'none'}",
+            hint="build the assemble step again",
+        )
     if found := placeholders(repository):
         raise GateError(
             f"a placeholder is left in the repository: {'; '.join(found)}",
             hint="build the assemble step again",
         )
-    if problems := wiring_problems(configs):
+    engine = configs[target.triton_model("tensorrt_llm")]
+    problems = [*wiring_problems(configs), *backend_problems(engine), *_policy_problems(configs, target)]
+    if read_deployments(repository) != (deployment_of(target),):
+        problems.append(f"{engine.name}/1/launch.json does not say how this target is started")
+    if problems:
         raise GateError(
             f"the models of the repository do not fit together: {'; '.join(problems)}",
             hint="build the assemble step again",
         )
+    return engine
+
+
+def _policy_problems(configs: Mapping[str, ModelConfig], target: TensorRtLlmTarget) -> list[str]:
+    """Models that stream where the target does not, or the other way round."""
+    asked = "may stream (streaming: true)" if target.streaming else "never streams (streaming: false)"
+    return [
+        f"{name}: model_transaction_policy.decoupled is {str(not target.streaming).lower()}, but the target {asked}"
+        for name in map(target.triton_model, ("tensorrt_llm", "tensorrt_llm_bls"))
+        if configs[name].model_transaction_policy.decoupled != target.streaming
+    ]
 
 
 def _server(served: Path, wanted: str) -> TritonServer:
@@ -128,6 +167,7 @@ def _stage(
         whole_characters=part == "tensorrt_llm_bls",
         accumulates=target.accumulate_tokens,
         may_turn_away=_may_turn_away(serving),
+        max_batch_size=serving.max_batch_size,
         played=played,
         cancellation_period_s=target.cancellation_check_period_ms / 1000,
     )

@@ -35,6 +35,7 @@ class Stage:
     """Streams are cut between characters and end at stop words wherever they are: BLS."""
     accumulates: bool
     may_turn_away: bool
+    max_batch_size: int
     played: Path
     """Where the stand-in for the engine writes down how each generation ended."""
     cancellation_period_s: float
@@ -61,6 +62,12 @@ class Stage:
         passed = seen.refusal is None and seen.text == expected
         return Check(f"{self.model}: {name}", asked, expected, seen.shown(), passed)
 
+    def check_in_company(self, name: str, asked: str, expected: str, seen: Answer) -> Check:
+        """The same of a request that comes together with others, which may find the queue full."""
+        if self.may_turn_away and "queue" in str(seen.refusal):
+            return self.fact(name, asked, "an answer, or turned away", seen=seen.shown(), passed=True)
+        return self.check(name, asked, expected, seen)
+
     def fact(self, name: str, asked: str, expected: str, *, seen: str, passed: bool) -> Check:
         """Anything else."""
         return Check(f"{self.model}: {name}", asked, expected, seen, passed)
@@ -74,12 +81,13 @@ def run_checks(stage: Stage) -> list[Check]:
         *_at_once(stage),
         *_streams(stage),
         *_many_bytes(stage),
+        *_end_token(stage),
         *_words(stage),
         _sampled(stage),
         _counted(stage),
         *_refused(stage),
         *_cancelled(stage),
-        _generate(stage),
+        *_generate(stage),
         _plain(stage, "plain again, after all that"),
     ]
 
@@ -103,21 +111,31 @@ def _at_once(stage: Stage) -> Iterator[Check]:
     with ThreadPoolExecutor(len(subject.prompts)) as pool:
         answers = list(pool.map(stage.send, subject.prompts))
     for prompt, text, seen in zip(subject.prompts, expected, answers, strict=True):
-        if stage.may_turn_away and "queue" in str(seen.refusal):
-            yield stage.fact("at once", prompt, "an answer, or turned away", seen=seen.shown(), passed=True)
-        else:
-            yield stage.check("at once", prompt, text, seen)
-    rows = subject.prompts[:2]
-    seen = stage.ask(stage.model, [row.encode() for row in rows], inputs={"max_tokens": (MAX_TOKENS,)})
-    asked = " | ".join(rows)
-    if stage.ask.decoupled:
-        wanted = {f"{row}: {text}" for row, text in enumerate(expected[:2])}
-        passed = seen.refusal is None and set(seen.texts) == wanted
-        yield stage.fact(
-            "rows of one request", asked, " ".join(sorted(wanted)), seen=seen.shown(), passed=passed
+        yield stage.check_in_company("at once", prompt, text, seen)
+    yield from _rows(stage, expected[:2])
+
+
+def _rows(stage: Stage, expected: Sequence[str]) -> Iterator[Check]:
+    subject, rows = stage.subject, stage.subject.prompts[: len(expected)]
+    asked, sent = " | ".join(rows), [row.encode() for row in rows]
+    seen = stage.ask(stage.model, sent, inputs={"max_tokens": (MAX_TOKENS,)})
+    refused_for = "batch-size" if stage.max_batch_size < len(rows) else "decoupled"
+    if refused_for == "batch-size" or not stage.ask.decoupled:
+        yield _is_refusal(stage, "rows of one request", asked, seen, names=refused_for)
+        return
+    wanted = {f"{row}: {text}" for row, text in enumerate(expected)}
+    passed = seen.refusal is None and set(seen.texts) == wanted
+    yield stage.fact("rows of one request", asked, " ".join(sorted(wanted)), seen=seen.shown(), passed=passed)
+    if stage.whole_characters and not stage.accumulates:
+        seen = stage.ask(stage.model, sent, inputs={"max_tokens": (MAX_TOKENS,), **_STREAM})
+        streamed = tuple(
+            "".join(text.removeprefix(f"{row}: ") for text in seen.texts if text.startswith(f"{row}: "))
+            for row in range(len(rows))
         )
-    else:
-        yield _is_refusal(stage, "rows of one request", asked, seen, names="decoupled")
+        texts = tuple(subject.decode(subject.answer(prompt)) for prompt in rows)
+        passed = seen.refusal is None and streamed == texts
+        shown = seen.shown() if seen.refusal else repr(streamed)
+        yield stage.fact("rows of one stream", asked, repr(texts), seen=shown, passed=passed)
 
 
 def _streams(stage: Stage) -> Iterator[Check]:
@@ -175,6 +193,18 @@ def _many_bytes(stage: Stage) -> Iterator[Check]:
                 seen=", ".join(cut) or "none",
                 passed=not cut,
             )
+
+
+def _end_token(stage: Stage) -> Iterator[Check]:
+    """The stand-in repeats a prompt that holds the end token: the answer ends before it."""
+    subject = stage.subject
+    prompt = subject.with_end
+    if prompt is None:
+        return
+    tokens = subject.encode(prompt)
+    answer = tokens[: tokens.index(subject.end_id)]
+    seen = stage.send(prompt, {"max_tokens": (2 * len(tokens),), **_ANSWER_ONLY}, request_id=_ECHO)
+    yield stage.check("end token", prompt, subject.decode(answer), seen)
 
 
 def _words(stage: Stage) -> Iterator[Check]:
@@ -266,7 +296,7 @@ def _refused_in_company(stage: Stage) -> Check:
         bad = pool.submit(stage.send, b"\xff")
         good = pool.submit(stage.send, prompt)
         seen, refused = good.result(), bad.result()
-    check = stage.check("beside a bad request", prompt, expected, seen)
+    check = stage.check_in_company("beside a bad request", prompt, expected, seen)
     if refused.refusal is None:
         return stage.fact(check.name, "b'\\xff'", "a refusal", seen=refused.shown(), passed=False)
     return check
@@ -288,9 +318,9 @@ def _cancelled(stage: Stage) -> Iterator[Check]:
     prompt = stage.subject.prompts[2]
     request_id = f"{_HOLD if stage.whole_characters else 'rehearse'}:cancel:{stage.model}"
     room = 64
-    stage.send(prompt, {**_STREAM, "max_tokens": (room,)}, request_id=request_id, cancel_after=1)
-    timeout_s = _END_TIMEOUT_S + 3 * stage.cancellation_period_s
-    ended = _how_it_ended(stage.played, request_id, timeout_s=timeout_s)
+    sent = stage.send(prompt, {**_STREAM, "max_tokens": (room,)}, request_id=request_id, cancel_after=1)
+    timeout_s = 0.0 if sent.refusal else _END_TIMEOUT_S + 3 * stage.cancellation_period_s
+    ended = sent.shown() if sent.refusal else _how_it_ended(stage.played, request_id, timeout_s=timeout_s)
     if stage.whole_characters:
         yield stage.fact(
             "cancelled",
@@ -305,7 +335,7 @@ def _cancelled(stage: Stage) -> Iterator[Check]:
             f"{prompt}, cancelled after the first response",
             "the generation ends, now or by itself",
             seen=ended or f"still running after {timeout_s:g} s",
-            passed=bool(ended),
+            passed=bool(ended) and sent.refusal is None,
         )
     yield _plain(stage, "plain after a cancelled request")
 
@@ -323,12 +353,15 @@ def _how_it_ended(played: Path, request_id: str, *, timeout_s: float) -> str:
     return ""
 
 
-def _generate(stage: Stage) -> Check:
-    """The HTTP request of NVIDIA's documentation."""
-    prompt = stage.subject.prompts[0]
+def _generate(stage: Stage) -> Iterator[Check]:
+    """The HTTP requests of NVIDIA's documentation."""
+    subject, prompt = stage.subject, stage.subject.prompts[0]
     document = {"text_input": prompt, "max_tokens": MAX_TOKENS, "bad_words": "", "stop_words": ""}
-    expected = stage.subject.whole(prompt, stage.subject.answer(prompt))
-    return stage.check("HTTP generate", prompt, expected, stage.ask.generate(stage.model, document))
+    expected = subject.whole(prompt, subject.answer(prompt))
+    yield stage.check("HTTP generate", prompt, expected, stage.ask.generate(stage.model, document))
+    if stage.ask.decoupled:
+        seen = stage.ask.generate(stage.model, document | {"stream": True}, "generate_stream")
+        yield _check_stream(stage, "HTTP generate_stream", prompt, subject.answer(prompt), seen)
 
 
 def _up_to(text: str, stop: str) -> str:

@@ -12,8 +12,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from enginesmith.errors import SourceError
+from enginesmith.engines.tensorrt_llm.arguments import effective_max_num_tokens
+from enginesmith.errors import GateError, SourceError
+from enginesmith.spec import Serving
 from enginesmith.targets import TensorRtLlmTarget
+from enginesmith.triton.trtllm.assemble import LIMITS_FILE, end_tokens
 
 PROMPTS = ("The capital of France is", "Once upon a time there was a", "Water boils when")
 MANY_BYTES = "naïve café 👩‍🚀🇫🇷 日本語のテキスト 한국어 🙂"
@@ -59,6 +62,7 @@ class Subject:
         self.prompts = tuple(self._shortened(prompt) for prompt in PROMPTS)
         self.many_bytes = self._shortened(MANY_BYTES)
         self.too_long = "word " * (self.prompt_limit + 1)
+        self.end_id = int(limits["end_id"])
 
     def encode(self, text: str) -> tuple[int, ...]:
         """A prompt's tokens."""
@@ -117,6 +121,16 @@ class Subject:
         sampling = Sampling(max_tokens=min(MAX_TOKENS, room), **options)
         return tuple(answer(self._player, Task(tokens, sampling, steering)))
 
+    @cached_property
+    def with_end(self) -> str | None:
+        """The first prompt and the end token's own text; None where no text becomes that token, or none that fits."""
+        if self.end_id < 0:
+            return None
+        prompt = self.prompts[0] + str(self._tokenizer.decode([self.end_id], skip_special_tokens=False))
+        tokens = self.encode(prompt)
+        fits = len(tokens) <= self.prompt_limit and len(tokens) < int(self._limits["max_seq_len"])
+        return prompt if fits and self.end_id in tokens else None
+
     def echo(self, prompt: str, max_tokens: int) -> tuple[int, ...]:
         """The tokens of an answer that repeats the prompt's."""
         tokens = self.encode(prompt)
@@ -162,9 +176,46 @@ class Subject:
         return prompt
 
 
-def read_limits(repository: Path, target: TensorRtLlmTarget) -> dict[str, Any]:
-    """The limits that the repository relies on."""
-    path = repository / target.triton_model("preprocessing") / "1" / "limits.json"
+def read_limits(
+    repository: Path, checkpoint: Path, target: TensorRtLlmTarget, serving: Serving
+) -> dict[str, Any]:
+    """The limits that the repository relies on.
+
+    Raises:
+        SourceError: a ``limits.json`` cannot be read.
+        GateError: the two of them differ, or differ from the spec or the checkpoint.
+    """
+    paths = [
+        repository / target.triton_model(part) / "1" / LIMITS_FILE
+        for part in ("preprocessing", "tensorrt_llm")
+    ]
+    limits, relied_on = map(_read_limits, paths)
+    wanted = {
+        "max_batch_size": serving.max_batch_size,
+        "max_input_len": serving.prompt_limit,
+        "max_seq_len": serving.max_sequence_length,
+        "max_num_tokens": effective_max_num_tokens(target, serving),
+        "max_beam_width": target.max_beam_width,
+        "vocab_size": json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))["vocab_size"],
+        **end_tokens(checkpoint),
+    }
+    problems = [
+        f"{path}: {name} is {seen.get(name)}, wanted is {value}"
+        for path, seen in zip(paths, (limits, relied_on), strict=True)
+        for name, value in wanted.items()
+        if seen.get(name) != value
+    ]
+    if limits != relied_on and not problems:
+        problems = [f"{paths[0]} and {paths[1]} differ"]
+    if problems:
+        raise GateError(
+            f"the limits of the repository are not those that were asked for: {'; '.join(problems)}",
+            hint="build the assemble step again",
+        )
+    return limits
+
+
+def _read_limits(path: Path) -> dict[str, Any]:
     try:
         limits: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -35,6 +35,8 @@ def _problems(ensemble: ModelConfig, configs: Mapping[str, ModelConfig]) -> Iter
             yield f"{ensemble.name} refers to the model {step.model_name}, which is not in the repository"
             continue
         model = configs[step.model_name]
+        if model.max_batch_size < ensemble.max_batch_size:
+            yield f"{ensemble.name} takes {ensemble.max_batch_size} rows at once, but {model.name} only {model.max_batch_size}"
         yield from _input_problems(ensemble.name, model, step.input_map, known)
         types = {tensor.name: tensor.data_type for tensor in model.output}
         for name, tensor in step.output_map.items():

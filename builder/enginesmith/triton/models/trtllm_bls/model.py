@@ -2,8 +2,8 @@
 
 What it adds to the ensemble: streams of whole characters, stop words that are never shown by halves, the whole text
 in each response (``accumulate_tokens``), and a generation that ends when its client goes away. Several requests run at
-once, each in a thread that mostly waits. It holds no tokenizer: ``postprocessing`` decodes. Beside this file is
-``text_pieces.py``.
+once, each in a thread that mostly waits. It holds no tokenizer: ``postprocessing`` decodes. Beside this file are
+``bls_tensors.py`` and ``text_pieces.py``.
 """
 
 from __future__ import annotations
@@ -17,98 +17,18 @@ from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
+from bls_tensors import (
+    DRAFTING,
+    FROM_PREPROCESSING,
+    PASSED_ON,
+    PLACES,
+    REFUSED,
+    TEXTS,
+    TO_ENGINE,
+    TO_PREPROCESSING,
+)
 from text_pieces import RefusedError, StopText, TokenWindow, read_parameters, utf8
 
-_TO_PREPROCESSING = {
-    "text_input": "QUERY",
-    "decoder_text_input": "DECODER_QUERY",
-    "max_tokens": "REQUEST_OUTPUT_LEN",
-    "bad_words": "BAD_WORDS_DICT",
-    "stop_words": "STOP_WORDS_DICT",
-    "embedding_bias_words": "EMBEDDING_BIAS_WORDS",
-    "embedding_bias_weights": "EMBEDDING_BIAS_WEIGHTS",
-    "end_id": "END_ID",
-    "pad_id": "PAD_ID",
-    "prompt_table_extra_id": "PROMPT_TABLE_EXTRA_ID",
-}
-_FROM_PREPROCESSING = {
-    "INPUT_ID": "input_ids",
-    "REQUEST_INPUT_LEN": "input_lengths",
-    "DECODER_INPUT_ID": "decoder_input_ids",
-    "REQUEST_DECODER_INPUT_LEN": "decoder_input_lengths",
-    "REQUEST_OUTPUT_LEN": "request_output_len",
-    "BAD_WORDS_IDS": "bad_words_list",
-    "STOP_WORDS_IDS": "stop_words_list",
-    "EMBEDDING_BIAS": "embedding_bias",
-    "OUT_END_ID": "end_id",
-    "OUT_PAD_ID": "pad_id",
-    "OUT_PROMPT_TABLE_EXTRA_IDS": "prompt_table_extra_ids",
-}
-_TO_ENGINE = {
-    "top_k": "runtime_top_k",
-    "top_p": "runtime_top_p",
-    "length_penalty": "len_penalty",
-    "stream": "streaming",
-    **{
-        name: name
-        for name in (
-            "temperature",
-            "repetition_penalty",
-            "min_tokens",
-            "presence_penalty",
-            "frequency_penalty",
-            "seed",
-            "return_log_probs",
-            "return_context_logits",
-            "return_generation_logits",
-            "return_perf_metrics",
-            "return_num_input_tokens",
-            "return_num_output_tokens",
-            "num_return_sequences",
-            "beam_width",
-            "exclude_input_in_output",
-            "prompt_embedding_table",
-            "prompt_vocab_size",
-            "lora_task_id",
-            "lora_weights",
-            "lora_config",
-            "guided_decoding_guide_type",
-            "guided_decoding_guide",
-        )
-    },
-}
-_REFUSED = (
-    "image_input",
-    "image_bytes_input",
-    "image_url_input",
-    "image_sizes_input",
-    "video_bytes_input",
-    "num_draft_tokens",
-    "use_draft_logits",
-)
-_TEXTS = ("output_ids", "sequence_length")
-_PASSED_ON = (
-    "cum_log_probs",
-    "output_log_probs",
-    "context_logits",
-    "generation_logits",
-    "batch_index",
-    "sequence_index",
-    "kv_cache_alloc_new_blocks",
-    "kv_cache_reused_blocks",
-    "kv_cache_alloc_total_blocks",
-    "arrival_time_ns",
-    "first_scheduled_time_ns",
-    "first_token_time_ns",
-    "last_token_time_ns",
-    "acceptance_rate",
-    "total_accepted_draft_tokens",
-    "total_draft_tokens",
-    "num_input_tokens",
-    "num_output_tokens",
-)
-# They come with every response and say which row it is of, so they are no reason to send an empty one.
-_PLACES = frozenset({"batch_index", "sequence_index"})
 _FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
 
@@ -174,14 +94,16 @@ class TritonPythonModel:
     def _answer(self, request: _Request) -> None:
         if request.cancelled():
             raise PartError(pb_utils.TritonError("cancelled", pb_utils.TritonError.CANCELLED))
-        if given := [name for name in _REFUSED if name in request.inputs]:
+        given = [name for name in REFUSED if name in request.inputs]
+        given += [name for name in DRAFTING if name in request.inputs and request.inputs[name].any()]
+        if given:
             raise RefusedError(f"{', '.join(given)}: not served by this deployment")
         prepared = self._call(
-            "preprocessing", request.renamed(_TO_PREPROCESSING), _FROM_PREPROCESSING, request.id
+            "preprocessing", request.renamed(TO_PREPROCESSING), FROM_PREPROCESSING, request.id
         )
-        tensors = {_FROM_PREPROCESSING[name]: array for name, array in prepared.items()}
+        tensors = {FROM_PREPROCESSING[name]: array for name, array in prepared.items()}
         texts = _Texts(self, request, tensors, exclude_input=self._exclude_input)
-        engine_inputs = tensors | request.renamed(_TO_ENGINE)
+        engine_inputs = tensors | request.renamed(TO_ENGINE)
         for outputs in self._generate(engine_inputs, request.id):
             response = texts.respond(outputs)
             if response is not None:
@@ -194,7 +116,7 @@ class TritonPythonModel:
         request.end()
 
     def _generate(self, inputs: dict[str, Any], request_id: str) -> Iterator[dict[str, Any]]:
-        call = self._request("tensorrt_llm", inputs, (*_TEXTS, *_PASSED_ON), request_id)
+        call = self._request("tensorrt_llm", inputs, (*TEXTS, *PASSED_ON), request_id)
         responses = call.exec(decoupled=True) if self._decoupled else [call.exec()]
         for response in responses:
             if response.has_error():
@@ -228,18 +150,24 @@ class TritonPythonModel:
         return [utf8(text, "OUTPUT") for text in answer["OUTPUT"].ravel()]
 
     def _stop(self, request_id: str) -> None:
-        """Tell the engine to end the request of that id: an empty request with ``stop``, as its backend wants it."""
+        """Tell the engine to end the request of that id: an empty request with ``stop``, as its backend wants it.
+
+        Where that fails it is logged: the request itself, and those who watch over others, go on.
+        """
         inputs = {
             "input_ids": np.zeros((1, 1), np.int32),
             "input_lengths": np.zeros((1, 1), np.int32),
             "request_output_len": np.zeros((1, 1), np.int32),
             "stop": np.ones((1, 1), np.bool_),
         }
-        call = self._request("tensorrt_llm", inputs, _TEXTS, request_id)
-        answers = list(call.exec(decoupled=True)) if self._decoupled else [call.exec()]
-        for answer in answers:
-            if answer.has_error():
-                pb_utils.Logger.log_error(f"request {request_id}: stop: {answer.error().message()}")
+        call = self._request("tensorrt_llm", inputs, TEXTS, request_id)
+        try:
+            answers = list(call.exec(decoupled=True)) if self._decoupled else [call.exec()]
+            errors = [answer.error().message() for answer in answers if answer.has_error()]
+        except pb_utils.TritonModelException as error:
+            errors = [str(error)]
+        for message in errors:
+            pb_utils.Logger.log_error(f"request {request_id}: stop: {message}")
 
     def _watch(self, period_s: float) -> None:
         """Stop generations whose client went away. Triton does not tell the models that a model calls."""
@@ -357,10 +285,10 @@ class _Texts:
             [token for token in beam[:length].tolist() if token >= 0]
             for beam, length in zip(outputs["output_ids"][0], outputs["sequence_length"][0], strict=True)
         ]
-        passed_on = {name: outputs[name] for name in _PASSED_ON if name in outputs}
+        passed_on = {name: outputs[name] for name in PASSED_ON if name in outputs}
         if self._request.flag("stream", row, default=False):
             texts = [self._piece((row, sequence, place), tokens) for place, tokens in enumerate(answers)]
-            if not any(texts) and not passed_on.keys() - _PLACES:
+            if not any(texts) and not passed_on.keys() - PLACES:
                 return None
             if self._model.accumulates:
                 texts = [self._beams[row, sequence, place].text for place in range(len(answers))]

@@ -41,10 +41,17 @@ def load_tokenizer(version_directory: Path, tokenizer_dir: str) -> Tokenizer:
     raise FileNotFoundError(f"tokenizer.json is missing; looked in {' and '.join(map(str, places))}")
 
 
-def read_parameters(model_config: str) -> dict[str, str]:
-    """The string parameters in Triton's JSON form of a ``config.pbtxt``."""
+class _Parameters(dict[str, str]):
+    """Says which parameter is missing, because Triton shows only that sentence."""
+
+    def __missing__(self, name: str) -> str:
+        raise ValueError(f"config.pbtxt has no parameter {name}; build the repository again")
+
+
+def read_parameters(model_config: str) -> Mapping[str, str]:
+    """The string parameters in Triton's JSON form of a ``config.pbtxt``; asked for another, it is a ValueError."""
     parameters: Mapping[str, Mapping[str, str]] = json.loads(model_config).get("parameters", {})
-    return {name: value.get("string_value", "") for name, value in parameters.items()}
+    return _Parameters({name: value.get("string_value", "") for name, value in parameters.items()})
 
 
 def utf8(value: Any, name: str) -> str:
