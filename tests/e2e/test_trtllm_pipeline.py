@@ -77,6 +77,26 @@ def test_engines_are_compiled_packaged_and_published_as_rehearsed(deployed: Proj
     again = deployed.run("build", deployed.spec, "--publish", repository, **compiler(tmp_path / "bin2"))
     assert again.assert_ok().built == set()
     assert "already published" in again.err
+    deployed.run("serve", repository, "--print").assert_one_error(
+        2, "llmapi-tensorrt_llm", "cannot be served by one tritonserver", "repositories of their own"
+    )
+
+
+def test_a_published_repository_says_how_it_is_started(deployed: Project, tmp_path: Path) -> None:
+    """Without the spec: what was published is enough."""
+    engines, llmapi = tmp_path / "engines", tmp_path / "llmapi"
+    environment = compiler(tmp_path / "bin")
+    for repository, target in ((engines, "tp2"), (llmapi, "llmapi")):
+        choice = ("--target", target, "--publish", repository)
+        deployed.run("build", deployed.spec, *choice, **environment).assert_ok()
+    leader = deployed.run("serve", engines, "--print", "--json").assert_ok()
+    (command,) = json.loads(leader.out)["commands"]
+    assert command["argv"][:4] == ["mpirun", "--allow-run-as-root", "-n", "1"]
+    assert command["argv"].count("-n") == 2
+    assert command["argv"].count("--load-model=tensorrt_llm") == 1
+    plain = deployed.run("serve", llmapi, "--print").assert_ok()
+    assert "mpirun" not in plain.out
+    assert f"--model-repository={llmapi}" in plain.out
 
 
 def test_engines_from_the_printed_script_are_adopted(deployed: Project, tmp_path: Path) -> None:
