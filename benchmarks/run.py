@@ -24,7 +24,9 @@ from releases import add_project_options
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 README = HERE / "README.md"
-SCRIPTS = ("builds", "engines", "serving", "exactness")
+SCRIPTS = ("builds", "engines", "serving", "exactness", "rehearsal", "conversion")
+APART = ("rehearsal", "conversion")
+"""Scripts with options of their own: run by name only, with what follows ``--`` on the command line."""
 _BEGIN, _END = "<!-- results: written by run.py -->", "<!-- end of results -->"
 
 
@@ -102,9 +104,10 @@ def run_all(given: argparse.Namespace) -> int:
     peer = [] if given.llama_python is None else ["--llama-python", str(given.llama_python)]
     results = []
     for name in SCRIPTS:
-        if given.only and name not in given.only:
+        if name not in (given.only or set(SCRIPTS) - set(APART)):
             continue
-        result = run_script(name, [*shared, *peer] if name == "engines" else shared)
+        options = given.options if name in APART else [*shared, *peer] if name == "engines" else shared
+        result = run_script(name, options)
         if result is None:
             continue
         results.append(result)
@@ -112,7 +115,7 @@ def run_all(given: argparse.Namespace) -> int:
             record(result)
             update_readme()
     _summary(results)
-    return 0 if len(results) == len(set(given.only or SCRIPTS)) else 1
+    return 0 if len(results) == len(set(given.only or set(SCRIPTS) - set(APART))) else 1
 
 
 def main() -> int:
@@ -125,6 +128,9 @@ def main() -> int:
         type=Path,
         metavar="PATH",
         help="a Python interpreter with llama-cpp-python, for the comparison",
+    )
+    parser.add_argument(
+        "options", nargs="*", metavar="-- OPTION ...", help=f"options of {' and '.join(APART)}"
     )
     given = parser.parse_args()
     return exit_status(lambda: run_all(given))
