@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 from trtllm_deployment import Context, deployment, write_engines
 
-from enginesmith.errors import EnginesmithError, GateError
+from enginesmith.errors import EnginesmithError, GateError, OperatorError
 from enginesmith.publish import local
 from enginesmith.publish.local import publish
 from enginesmith.triton.config import parse_config
@@ -179,3 +180,24 @@ def test_only_engines_may_differ_from_what_was_rehearsed(
     with pytest.raises(EnginesmithError, match="is not what was rehearsed"):
         publish(copy, tmp_path / "models", evidence=wide)
     assert not (tmp_path / "models").exists()
+
+
+def test_a_disk_that_is_full_shows_no_part_and_the_same_publication_goes_on_later(
+    tmp_path: Path, repository: Path
+) -> None:
+    packaged = run_package(tmp_path / "run", repository, write_engines(tmp_path / "engines"))
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("a small file system cannot be mounted here")
+    try:
+        models = disk / "models"
+        with pytest.raises(OperatorError, match=r"cannot publish .*No space left on device"):
+            publish(packaged, models, evidence=evidence(repository))
+        assert not [path for path in models.iterdir() if path.is_dir()]
+        subprocess.run(["mount", "-o", "remount,size=16m", str(disk)], check=True)
+        assert publish(packaged, models, evidence=evidence(repository)).changed
+        assert len([path for path in models.iterdir() if path.is_dir()]) == 5
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
