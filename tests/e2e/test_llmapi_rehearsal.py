@@ -140,6 +140,11 @@ FAULTS: dict[str, tuple[Callable[[Path], None], type[Exception], str]] = {
         ServerError,
         "KvCacheConfig: .*enable_reuse",
     ),
+    "other GPUs than the target's": (
+        edited("1/model.yaml", "tensor_parallel_size: 1", "tensor_parallel_size: 4"),
+        GateError,
+        r"options of the LLM: .*\n.*tensor_parallel_size: 1.*\n.*tensor_parallel_size: 4",
+    ),
     "no tokenizer": (without_tokenizer, ServerError, r"tokenizer\.json is missing"),
     "the policy in model.yaml only": (
         edited("config.pbtxt", "decoupled: true", "decoupled: false"),

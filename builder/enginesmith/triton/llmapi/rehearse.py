@@ -16,15 +16,22 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from enginesmith.spec import Serving
 from enginesmith.steps import StepContext
 from enginesmith.targets import LlmApiTarget
 from enginesmith.triton.llmapi.asking import Asking
-from enginesmith.triton.llmapi.options import KV_CACHE_OPTIONS, LLM_OPTIONS
+from enginesmith.triton.llmapi.options import (
+    CHECKPOINT_DIRECTORY,
+    KV_CACHE_OPTIONS,
+    LLM_OPTIONS,
+    model_yaml,
+)
 from enginesmith.triton.llmapi.scenarios import Journal, check_generate, run_checks
 from enginesmith.triton.llmapi.subject import read_subject
 from enginesmith.triton.placement import contents_digest, place_tree, tree_contents
-from enginesmith.triton.rehearsal_report import require_passed
+from enginesmith.triton.rehearsal_report import Check, require_passed
 from enginesmith.triton.server import TritonServer, find_server
 
 NOT_REHEARSED = (
@@ -69,6 +76,7 @@ def run(context: StepContext) -> Mapping[str, Any]:
             "server_version": server.server_version(),
             "played_by": "onnxruntime twin" if engine is not None else "echo",
         }
+    checks.append(_check_options(package / "1", target, serving))
     require_passed(model, checks)
     rehearsal = {
         "format": 1,
@@ -81,6 +89,20 @@ def run(context: StepContext) -> Mapping[str, Any]:
     }
     (context.out / "rehearsal.json").write_text(json.dumps(rehearsal, indent=1) + "\n", encoding="utf-8")
     return facts
+
+
+def _check_options(version: Path, target: LlmApiTarget, serving: Serving) -> Check:
+    """``model.yaml`` against the target: parallelism and memory are what a stand-in on a CPU takes at any value."""
+    seen = yaml.safe_load((version / "model.yaml").read_text(encoding="utf-8"))
+    expected = model_yaml(target, serving, version / CHECKPOINT_DIRECTORY)
+    different = sorted(key for key in {*seen, *expected} if seen.get(key) != expected.get(key))
+    return Check(
+        "options of the LLM",
+        "model.yaml",
+        ", ".join(f"{key}: {expected.get(key)}" for key in different) or "as the target says",
+        ", ".join(f"{key}: {seen.get(key)}" for key in different) or "as the target says",
+        not different,
+    )
 
 
 def place_stand_in(scratch: Path, engine: Path | None) -> tuple[Path, Journal]:
