@@ -69,7 +69,10 @@ def test_defaults_are_complete() -> None:
             MINIMAL.replace("scheme: none", "scheme: int4_awq, group_size: 48"),
             "48 is not one of 32, 64, 128, 256",
         ),
-        (MINIMAL.replace("scheme: none", "scheme: int8_sq, kv_cache: fp8"), "does not go with scheme int8_sq; allowed: none or int8"),
+        (
+            MINIMAL.replace("scheme: none", "scheme: int8_sq, kv_cache: fp8"),
+            "does not go with scheme int8_sq; allowed: none or int8",
+        ),
         (MINIMAL.replace("{a:", "{A/b:"), "becomes part of a Triton model name"),
         (MINIMAL.replace("{a: {scheme: none}}", "{}"), "variants: .*at least 1"),
         (MINIMAL.replace("name: m\n", ""), "name: required key is missing"),
