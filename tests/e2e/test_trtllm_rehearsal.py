@@ -309,16 +309,22 @@ def test_a_model_that_never_ends_its_answers_is_waited_for_once(
     assert "ensemble: plain" not in str(caught.value)
 
 
+def descendants() -> frozenset[psutil.Process]:
+    """Processes below this one; other tests' servers may be among them."""
+    return frozenset(psutil.Process().children(recursive=True))
+
+
 class Killer(Context):
-    """A step's context that kills a process when the step says a certain thing."""
+    """A step's context that kills a process of its own when the step says a certain thing."""
 
     note = "asking tensorrt_llm_bls in tritonserver"
     command = ""
+    before: frozenset[psutil.Process] = frozenset()
 
     def progress(self, fraction: float | None, note: str = "") -> None:
         super().progress(fraction, note)
         if note == self.note:
-            children = psutil.Process().children(recursive=True)
+            children = descendants() - self.before
             (victim,) = [child for child in children if self.command in " ".join(child.cmdline())]
             victim.kill()
 
@@ -346,9 +352,10 @@ def test_a_process_that_dies_while_it_is_asked_is_one_clear_error_and_leaves_not
     inputs = {"repository": built.repository, "checkpoint": built.checkpoint, "engine": built.engine}
     context = Killer(tmp_path / "rehearse", built.params | {"server": None}, inputs)
     context.command = command
+    context.before = descendants()
     before = set(Path("/dev/shm").glob(f"enginesmith-{os.getpid()}-*"))
     with pytest.raises(kind, match=names):
         rehearse.run(context)
     assert set(Path("/dev/shm").glob(f"enginesmith-{os.getpid()}-*")) == before
-    assert not [one for one in psutil.Process().children(recursive=True) if "triton" in one.name()]
+    assert not [one for one in descendants() - context.before if "triton" in one.name()]
     assert not list(context.out.iterdir())
