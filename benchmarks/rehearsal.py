@@ -17,9 +17,10 @@ from typing import Any
 from figures import Bar, Outcome, Spread, bar_of_spread, print_table, run_benchmark, say, spread_of
 
 from enginesmith.errors import OperatorError
-from enginesmith.plan import Plan, Step, make_plan
+from enginesmith.plan import Plan, make_plan
+from enginesmith.plan_steps import Step
 from enginesmith.runner import Runner, StepRequest
-from enginesmith.spec import load_spec
+from enginesmith.spec_file import load_spec
 from enginesmith.steps import REHEARSALS, STEP_KINDS
 from enginesmith.store import Artifact, ArtifactStore
 

@@ -19,9 +19,11 @@ from figures import say
 from enginesmith.build import title_of
 from enginesmith.checkpoints.tensors import read_json_object
 from enginesmith.errors import OperatorError, SpecError, StoreError
-from enginesmith.plan import Plan, Step, make_plan
+from enginesmith.plan import Plan, make_plan
+from enginesmith.plan_steps import Step
 from enginesmith.publish.local import CONFIG_FILE
-from enginesmith.spec import ModelSpec, load_spec
+from enginesmith.spec import ModelSpec
+from enginesmith.spec_file import load_spec
 from enginesmith.store import Artifact, ArtifactStore
 from enginesmith.triton.config import parse_config
 
@@ -89,6 +91,8 @@ def project_from(arguments: argparse.Namespace) -> Project:
         SpecError: the spec is wrong, or has no such variant.
     """
     spec = load_spec(arguments.spec)
+    if not isinstance(spec, ModelSpec):
+        raise SpecError(f"{spec.name} has task {spec.task}; this benchmark asks text-generation models")
     if unknown := sorted(set(arguments.variant) - set(spec.variants)):
         raise SpecError(
             f"{spec.name} has no variant {', '.join(unknown)}; it has: {', '.join(spec.variants)}"

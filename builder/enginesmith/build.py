@@ -16,10 +16,10 @@ from typing import Literal
 
 from packaging.requirements import Requirement
 
-from enginesmith.checks import check_legal, read_hf_config
 from enginesmith.engines.tensorrt_llm.toolchain import require_compiler
 from enginesmith.errors import EnginesmithError, SourceError, ToolchainError
-from enginesmith.plan import MISSING_TOOL, Plan, Step
+from enginesmith.plan import Plan, check_with_checkpoint
+from enginesmith.plan_steps import MISSING_TOOL, Step
 from enginesmith.records import remember_build, remember_root
 from enginesmith.runner import DiskFullInWorkerError, Runner, StepRequest
 from enginesmith.steps import STEP_KINDS, StepKind, StepName
@@ -219,7 +219,7 @@ class _Build:
                         parts=place.parts,
                     )
                     if place.kind == "fetch":
-                        check_legal(plan.spec, read_hf_config(outcome.artifact.path))
+                        check_with_checkpoint(plan, self._store)
 
     def _emit(
         self,

@@ -270,7 +270,7 @@ def schema(check: Path | None) -> None:
       enginesmith schema > docs/spec.schema.json
       enginesmith schema --check docs/spec.schema.json
     """
-    from enginesmith.spec import json_schema
+    from enginesmith.spec_file import json_schema
 
     current = json_schema()
     if check is None:
@@ -346,7 +346,7 @@ def make_plan_of(path: Path, store: ArtifactStore, choice: Choice) -> Plan:
         SpecError: the spec is wrong, or engines from elsewhere are given for more than one deployment.
     """
     from enginesmith.plan import make_plan
-    from enginesmith.spec import load_spec
+    from enginesmith.spec_file import load_spec
 
     made = make_plan(
         load_spec(path),

@@ -137,15 +137,15 @@ def _target(
     spec_path: Path | None, name: str | None, variant: str | None
 ) -> TensorRtLlmTarget | LlmApiTarget | None:
     """The target of the spec that says how to start the repository, its model prefix filled in."""
-    from enginesmith.spec import load_spec
-    from enginesmith.targets import OnnxRuntimeTarget
+    from enginesmith.spec_file import load_spec
+    from enginesmith.targets import LlmApiTarget, TensorRtLlmTarget
 
     if spec_path is None:
         if name or variant:
             raise click.UsageError("--target and --variant name parts of a spec: give it with --spec")
         return None
     spec = load_spec(spec_path)
-    targets = [target for target in spec.targets if not isinstance(target, OnnxRuntimeTarget)]
+    targets = [target for target in spec.targets if isinstance(target, TensorRtLlmTarget | LlmApiTarget)]
     chosen = [target for target in targets if name in (None, target.name)]
     if len(chosen) != 1:
         raise SpecError(

@@ -195,3 +195,22 @@ def execution_on(runtime: GpuRuntime, gpu: Gpu) -> Execution:
 def toolchain_with(tensorrt_llm: str) -> Toolchain | None:
     """The newest toolchain with this version of TensorRT-LLM, or None when no known one has it."""
     return next((row for row in TOOLCHAINS.values() if row.tensorrt_llm == tensorrt_llm), None)
+
+
+@dataclass(frozen=True)
+class TritonImage:
+    """What one ``tritonserver:YY.MM-py3`` image holds."""
+
+    tag: str
+    tensorrt: str
+
+    @property
+    def image(self) -> str:
+        """The name under which the image is pulled."""
+        return f"nvcr.io/nvidia/tritonserver:{self.tag}-py3"
+
+
+TRITON_IMAGES: Mapping[str, TritonImage] = {
+    image.tag: image for image in (TritonImage("26.07", "10.14.1.48"),)
+}
+"""The images that can be named, newest first."""

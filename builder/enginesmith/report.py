@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from enginesmith.plan import Plan, Step
+from enginesmith.plan import Plan
+from enginesmith.plan_steps import Step
 from enginesmith.steps import REHEARSALS
 from enginesmith.store import Artifact
 

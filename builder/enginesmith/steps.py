@@ -30,10 +30,35 @@ StepName = Literal[
     "package_trtllm",
     "package_llmapi",
     "rehearse_llmapi",
+    "sample",
+    "export",
+    "sensitivity",
+    "quantize_graph",
+    "lower_graph",
+    "measure_graph",
+    "verify_graph",
+    "package_graph",
+    "rehearse_graph",
+    "assemble_tensorrt",
+    "rehearse_tensorrt",
+    "compile_tensorrt",
+    "package_tensorrt",
 ]
-PACKAGES: tuple[StepName, ...] = ("package", "package_trtllm", "package_llmapi")
+PACKAGES: tuple[StepName, ...] = (
+    "package",
+    "package_trtllm",
+    "package_llmapi",
+    "package_graph",
+    "package_tensorrt",
+)
 """The kinds of steps whose artifact can be published."""
-REHEARSALS: tuple[StepName, ...] = ("rehearse", "rehearse_trtllm", "rehearse_llmapi")
+REHEARSALS: tuple[StepName, ...] = (
+    "rehearse",
+    "rehearse_trtllm",
+    "rehearse_llmapi",
+    "rehearse_graph",
+    "rehearse_tensorrt",
+)
 """The kinds of steps that run a repository in a real tritonserver."""
 
 
@@ -100,9 +125,106 @@ _TRTLLM_MODELS = tuple(
     f"enginesmith.triton.models.trtllm_{part}" for part in ("preprocessing", "postprocessing", "bls", "text")
 )
 
+_GRAPH_MODELS = tuple(
+    f"enginesmith.triton.models.graph_{part}" for part in ("onnxruntime", "tensorrt_rtx", "tokenizer")
+)
+_GRAPH_REPOSITORY = (
+    "enginesmith.triton.graph",
+    "enginesmith.triton.config",
+    "enginesmith.triton.placement",
+    "enginesmith.graphs.signature",
+)
+
+_GRAPH_KINDS = (
+    StepKind(
+        "sample",
+        "enginesmith.graphs.samples:run",
+        ("numpy", "tokenizers", "datasets"),
+        ("enginesmith.graphs.samples", "enginesmith.graphs.signature", "enginesmith.corpora"),
+        unkeyed_params=("location",),
+    ),
+    StepKind(
+        "export",
+        "enginesmith.graphs.export:run",
+        ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "numpy", "safetensors"),
+        ("enginesmith.graphs",),
+        unkeyed_params=("location",),
+    ),
+    StepKind(
+        "sensitivity",
+        "enginesmith.graphs.sensitivity:run",
+        ("onnx", "onnxruntime", "numpy", "nvidia-modelopt", "torch", "ml-dtypes"),
+        ("enginesmith.graphs",),
+    ),
+    StepKind(
+        "quantize_graph",
+        "enginesmith.graphs.quantize:run",
+        ("onnx", "onnxruntime", "numpy", "nvidia-modelopt", "torch", "ml-dtypes"),
+        ("enginesmith.graphs",),
+    ),
+    StepKind(
+        "lower_graph",
+        "enginesmith.graphs.lower:run",
+        ("onnx", "onnxruntime", "numpy", "ml-dtypes"),
+        ("enginesmith.graphs",),
+    ),
+    StepKind(
+        "measure_graph",
+        "enginesmith.graphs.measure:run",
+        ("onnxruntime", "numpy"),
+        ("enginesmith.graphs", *_GRAPH_MODELS),
+    ),
+    StepKind(
+        "verify_graph",
+        "enginesmith.graphs.gate:run",
+        (),
+        ("enginesmith.graphs.gate", "enginesmith.verify.gate"),
+    ),
+    StepKind(
+        "package_graph",
+        "enginesmith.triton.graph.package:run",
+        ("protobuf", "tritonclient", "numpy"),
+        (*_GRAPH_REPOSITORY, *_GRAPH_MODELS),
+    ),
+    StepKind(
+        "rehearse_graph",
+        "enginesmith.triton.graph.rehearse:run",
+        _REHEARSAL_TOOLS,
+        (*_REHEARSAL_CODE, *_GRAPH_REPOSITORY, *_GRAPH_MODELS),
+        unkeyed_params=("server",),
+    ),
+    StepKind(
+        "assemble_tensorrt",
+        "enginesmith.triton.graph.assemble:run",
+        ("protobuf", "tritonclient", "numpy"),
+        (*_GRAPH_REPOSITORY, *_GRAPH_MODELS),
+    ),
+    StepKind(
+        "rehearse_tensorrt",
+        "enginesmith.triton.graph.rehearse:run",
+        _REHEARSAL_TOOLS,
+        (*_REHEARSAL_CODE, *_GRAPH_REPOSITORY, *_GRAPH_MODELS),
+        unkeyed_params=("server",),
+    ),
+    StepKind(
+        "compile_tensorrt",
+        "enginesmith.engines.tensorrt.compile:run",
+        ("onnx", "numpy"),
+        ("enginesmith.engines.tensorrt", "enginesmith.graphs.signature", "enginesmith.platforms"),
+        unkeyed_params=("location",),
+    ),
+    StepKind(
+        "package_tensorrt",
+        "enginesmith.triton.graph.package_tensorrt:run",
+        (),
+        _GRAPH_REPOSITORY,
+    ),
+)
+
 STEP_KINDS: Mapping[StepName, StepKind] = {
     kind.name: kind
     for kind in (
+        *_GRAPH_KINDS,
         StepKind(
             "fetch",
             "enginesmith.checkpoints.fetch:run",

@@ -11,23 +11,20 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from enginesmith.platforms import GpuName
-from enginesmith.spec_part import Part
+from enginesmith.spec_part import Part, TargetPart
 
 RuntimeName = Literal["onnxruntime", "tensorrt_llm", "tensorrt_llm_llmapi"]
 PluginDtype = Literal["auto", "float16", "float32", "bfloat16", "int32", "disable"]
 
-_TARGET_NAME = r"^[a-z0-9][a-z0-9_-]{0,30}$"
+TARGET_NAME = r"^[a-z0-9][a-z0-9_-]{0,30}$"
 _MODEL_PREFIX = r"^([a-z0-9_.-]|\{name\}|\{variant\}|\{target\}){0,60}$"
 
 
-class OnnxRuntimeTarget(Part):
+class OnnxRuntimeTarget(TargetPart):
     """ONNX Runtime engines, served by Triton's Python backend."""
 
     runtime: Literal["onnxruntime"]
-    name: str = Field(default="onnxruntime", pattern=_TARGET_NAME)
-    variants: tuple[str, ...] | None = Field(
-        default=None, description="The variants that this target builds. Default: all."
-    )
+    name: str = Field(default="onnxruntime", pattern=TARGET_NAME)
     device: Literal["cpu"] = "cpu"
     mode: Literal["fast", "exact"] = Field(
         default="fast",
@@ -104,12 +101,9 @@ class Nccl(Part):
     debug: Literal["VERSION", "WARN", "INFO", "TRACE"] | None = Field(default=None, description="NCCL_DEBUG.")
 
 
-class _TensorRtLlmCommon(Part):
+class _TensorRtLlmCommon(TargetPart):
     """What both TensorRT-LLM runtimes have in common."""
 
-    variants: tuple[str, ...] | None = Field(
-        default=None, description="The variants that this target builds. Default: all."
-    )
     toolchain: str = Field(
         default="26.07",
         description="The container tag (YY.MM) of tritonserver:YY.MM-trtllm-python-py3; it decides every version inside.",
@@ -201,7 +195,7 @@ class TensorRtLlmTarget(_TensorRtLlmCommon):
     """TensorRT-LLM engines behind preprocessing, postprocessing, an ensemble and BLS (TensorRT-LLM 1.2.1 and older)."""
 
     runtime: Literal["tensorrt_llm"]
-    name: str = Field(default="tensorrt-llm", pattern=_TARGET_NAME)
+    name: str = Field(default="tensorrt-llm", pattern=TARGET_NAME)
     opt_num_tokens: int | None = Field(
         default=None, ge=1, description="Tokens to optimize kernels for. Default: max batch x beam width."
     )
@@ -258,7 +252,7 @@ class LlmApiTarget(_TensorRtLlmCommon):
     """TensorRT-LLM's LLM API (PyTorch backend) on the quantized Hugging Face checkpoint; the only way from 1.3 on."""
 
     runtime: Literal["tensorrt_llm_llmapi"]
-    name: str = Field(default="llmapi", pattern=_TARGET_NAME)
+    name: str = Field(default="llmapi", pattern=TARGET_NAME)
     llm_options: dict[str, Any] = Field(
         default={},
         description="Further keyword arguments of tensorrt_llm.LLM, written into model.yaml as they are.",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from enginesmith.spec import DynamicBatching
+from enginesmith.spec_part import DynamicBatching
 from enginesmith.triton.config import LLM_INPUTS, Tensor, config_text, model_config
 
 ECHO = '''

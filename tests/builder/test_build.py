@@ -23,7 +23,7 @@ from enginesmith.build import BuildEvent, BuildResult, build
 from enginesmith.errors import GateError, SpecError, StepFailedError, StoreError, ToolchainError
 from enginesmith.plan import Plan, make_plan
 from enginesmith.report import build_report
-from enginesmith.spec import load_spec
+from enginesmith.spec_file import load_spec
 from enginesmith.store import ArtifactStore
 
 STEPS = {

@@ -17,7 +17,7 @@ from enginesmith import cli
 from enginesmith.build import BuildEvent, build
 from enginesmith.console import build_display, event_line, work_display
 from enginesmith.plan import Step, make_plan
-from enginesmith.spec import load_spec
+from enginesmith.spec_file import load_spec
 from enginesmith.store import Artifact, ArtifactStore
 
 ROOT = Path(__file__).parents[2]

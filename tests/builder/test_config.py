@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from enginesmith.errors import SourceError
-from enginesmith.spec import DynamicBatching, QueuePolicy, Serving
+from enginesmith.spec import Serving
+from enginesmith.spec_part import DynamicBatching, QueuePolicy
 from enginesmith.triton.config import (
     LLM_INPUTS,
     LLM_OUTPUTS,

@@ -29,7 +29,8 @@ from enginesmith.platforms import (
     toolchain_with,
 )
 from enginesmith.schemes import SCHEMES
-from enginesmith.spec import KV_CACHES, ModelSpec, load_spec
+from enginesmith.spec import KV_CACHES, ModelSpec
+from enginesmith.spec_file import load_spec
 
 Document = dict[str, Any]
 

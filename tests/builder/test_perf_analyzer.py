@@ -9,7 +9,7 @@ import pytest
 from echo_models import ECHO, write_model
 
 from enginesmith.errors import OperatorError, ToolchainError
-from enginesmith.spec import DynamicBatching
+from enginesmith.spec_part import DynamicBatching
 from enginesmith.triton.perf_analyzer import WHEEL_VARIABLE, PerfResult, find_perf_analyzer, run_perf_analyzer
 from enginesmith.triton.server import TritonServer
 

@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 from tiny_steps import HF_CONFIG, KINDS
 
 from enginesmith.errors import SourceError, SpecError
-from enginesmith.plan import MISSING_TOOL, Plan, canonical_json, make_plan, step_key
+from enginesmith.plan import Plan, make_plan
+from enginesmith.plan_steps import MISSING_TOOL, canonical_json, step_key
 from enginesmith.records import remember_build
-from enginesmith.spec import load_spec
+from enginesmith.spec_file import load_spec
 from enginesmith.steps import STEP_KINDS, StepKind, StepName
 from enginesmith.store import ArtifactStore
 
@@ -348,7 +349,7 @@ def test_explanation_names_tools_and_code(planned: Callable[..., Plan], store: A
 def test_plan_of_the_first_spec_imports_nothing_heavy(tmp_path: Path) -> None:
     script = (
         "import sys; from pathlib import Path\n"
-        "from enginesmith.spec import load_spec; from enginesmith.plan import make_plan\n"
+        "from enginesmith.spec_file import load_spec; from enginesmith.plan import make_plan\n"
         "from enginesmith.store import ArtifactStore\n"
         "make_plan(load_spec(Path(sys.argv[1])), ArtifactStore(Path(sys.argv[2])))\n"
         "print([name for name in ('torch', 'onnxruntime', 'numpy', 'transformers') if name in sys.modules])"
@@ -401,6 +402,8 @@ _BESIDE_THE_RESULT = {
     "enginesmith.schemes",
     "enginesmith.spec",
     "enginesmith.spec_errors",
+    "enginesmith.graph_spec",
+    "enginesmith.graph_targets",
     "enginesmith.spec_part",
     "enginesmith.steps",
     "enginesmith.targets",

@@ -9,7 +9,7 @@ import jsonschema
 import pytest
 import yaml
 
-from enginesmith.spec import json_schema
+from enginesmith.spec_file import json_schema
 
 ROOT = Path(__file__).parents[2]
 

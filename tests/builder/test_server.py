@@ -18,7 +18,7 @@ import tritonclient.grpc as triton
 from echo_models import ENDS_THE_PROCESS, MISSING_IMPORT, loads_after, write_model
 
 from enginesmith.errors import ServerError, ToolchainError
-from enginesmith.spec import DynamicBatching
+from enginesmith.spec_part import DynamicBatching
 from enginesmith.triton.installation import ServerInstallation
 from enginesmith.triton.server import TritonServer, find_server, serve_forever
 

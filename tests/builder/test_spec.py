@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from enginesmith.errors import SpecError
-from enginesmith.spec import ModelSpec, load_spec, parse_spec
+from enginesmith.spec import ModelSpec
+from enginesmith.spec_file import load_spec, parse_spec
 
 MINIMAL = "name: m\nsource: {path: here}\nvariants: {a: {scheme: none}}\n"
 WHEEL = "a" * 64

@@ -11,7 +11,8 @@ import trtllm_deployment
 import yaml
 from checkpoint_factory import tiny_checkpoint
 
-from enginesmith.spec import ModelSpec, parse_spec
+from enginesmith.spec import ModelSpec
+from enginesmith.spec_file import parse_spec
 from enginesmith.step_params import deployment_params
 from enginesmith.targets import LlmApiTarget, TensorRtLlmTarget
 from enginesmith.triton.llmapi import package as llmapi

@@ -132,7 +132,7 @@ def kill_in_call(name: str, number: int) -> None:
 def main(arguments: list[str]) -> None:
     from enginesmith.build import build
     from enginesmith.plan import make_plan
-    from enginesmith.spec import load_spec
+    from enginesmith.spec_file import load_spec
     from enginesmith.store import ArtifactStore
 
     spec, root, *death = arguments

@@ -15,7 +15,7 @@ import pytest
 from checkpoint_factory import tiny_checkpoint
 from tiny_project import Built, Project
 
-from enginesmith.spec import DynamicBatching
+from enginesmith.spec_part import DynamicBatching
 from enginesmith.triton.config import LLM_INPUTS, Tensor, config_text, model_config
 
 model = pytest.mark.model

@@ -16,7 +16,7 @@ import yaml
 
 from enginesmith.cli import commands
 from enginesmith.plan import Plan, make_plan
-from enginesmith.spec import json_schema, parse_spec
+from enginesmith.spec_file import json_schema, parse_spec
 from enginesmith.steps import STEP_KINDS
 from enginesmith.store import ArtifactStore
 

@@ -15,7 +15,7 @@ from tritonclient.grpc import model_config_pb2 as pb
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from enginesmith.errors import SourceError
-from enginesmith.spec import DynamicBatching
+from enginesmith.spec_part import DynamicBatching
 
 DataType = Literal[
     "TYPE_STRING",

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from enginesmith.errors import SourceError
-from enginesmith.spec import DynamicBatching, Serving
+from enginesmith.spec import Serving
+from enginesmith.spec_part import DynamicBatching
 from enginesmith.targets import TensorRtLlmTarget
 from enginesmith.triton.config import DataType, EnsembleStep, ensemble_config, model_config
 from enginesmith.triton.trtllm import tensors

@@ -1,0 +1,1 @@
+"""TensorRT plans and TensorRT for RTX engines, built and inspected through Polygraphy."""

@@ -1,0 +1,1 @@
+"""ONNX graphs: made from a model, quantized, lowered to a runtime, measured and judged."""

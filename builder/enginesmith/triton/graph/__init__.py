@@ -1,0 +1,1 @@
+"""Triton repositories of models that one ONNX graph computes."""
