@@ -1,0 +1,1 @@
+"""A graph served by Triton's Python backend over ONNX Runtime."""
