@@ -103,7 +103,7 @@ def package_params(spec: GraphSpec, name: str, target: GraphTarget) -> Params:
     """How Triton serves a variant on a target: what its models read of target and serving."""
     exclude = {"name", "variants"}
     if not isinstance(target, GraphOnnxRuntimeTarget):
-        exclude |= {"optimization_level", "workspace_bytes", "gpu", "compute_capabilities"}
+        exclude |= set(type(target).model_fields) - {"runtime", "backend"}  # The rest decides the engine only.
     return {
         "model_name": spec.triton_name(name),
         "variant": name,

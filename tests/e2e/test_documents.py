@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +22,22 @@ from enginesmith.steps import STEP_KINDS
 from enginesmith.store import ArtifactStore
 
 ROOT = Path(__file__).parents[2]
-SPEC_DOCUMENT = (ROOT / "docs" / "spec.md").read_text(encoding="utf-8")
+SPEC_DOCUMENTS = {
+    name: (ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("spec.md", "graph-spec.md")
+}
 TROUBLESHOOTING = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
 SCHEMA: dict[str, Any] = json.loads(json_schema())
-PARTS: dict[str, dict[str, Any]] = {"ModelSpec": SCHEMA, **SCHEMA["$defs"]}
+PARTS: dict[str, dict[str, Any]] = SCHEMA["$defs"]
 
 
 def documented_keys() -> dict[tuple[str, str], list[str]]:
-    """The cells of every table row of ``spec.md``, by part and key."""
+    """The cells of every table row of the specs' documents, by part and key."""
     rows: dict[tuple[str, str], list[str]] = {}
     part = ""
-    for line in SPEC_DOCUMENT.splitlines():
+    for line in "\n".join(SPEC_DOCUMENTS.values()).splitlines():
         if heading := re.fullmatch(r"##+ (?:.*: )?`(\w+)`", line):
             part = heading[1]
-        elif row := re.match(r"\| `(\w+)` \|", line):
+        elif (row := re.match(r"\| `(\w+)` \|", line)) and part:
             assert (part, row[1]) not in rows, f"{part}.{row[1]} is documented twice"
             rows[part, row[1]] = [cell.strip() for cell in line.strip("|").split("|")]
     return rows
@@ -105,12 +108,19 @@ BESIDE: Mapping[tuple[str, str], Mapping[str, Any]] = {
 }
 
 
+# Neither tools nor code differ between the two plans that are compared.
+KINDS = {name: replace(kind, tools=(), code=()) for name, kind in STEP_KINDS.items()}
+
+
 def planned(directory: Path, target: Mapping[str, Any], serving: Mapping[str, Any]) -> Plan:
-    document = {**DEPLOYED, "targets": [target], "serving": serving}
+    return planned_document(directory, {**DEPLOYED, "targets": [target], "serving": serving})
+
+
+def planned_document(directory: Path, document: Mapping[str, Any]) -> Plan:
     spec = parse_spec(yaml.safe_dump(document), origin="test", base_dir=directory)
     store = ArtifactStore(directory / "store")
     try:
-        return make_plan(spec, store)
+        return make_plan(spec, store, kinds=KINDS)
     finally:
         store.digests.close()
 
@@ -144,22 +154,111 @@ def test_edit_runs_again_from_the_documented_step(tmp_path: Path, part: str, key
     assert changed[:1] == named
 
 
-def test_links_in_the_specs_document_lead_somewhere() -> None:
-    anchors = {
-        re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-")
-        for heading in re.findall(r"^#+ (.*)$", SPEC_DOCUMENT, re.MULTILINE)
-    }
-    for target in re.findall(r"\]\(([^)]+)\)", SPEC_DOCUMENT):
+GRAPH: Mapping[str, Any] = {
+    "name": "tiny",
+    "task": "embedding",
+    "source": {"wheel": "some-model==1", "sha256": "0" * 64},
+    "variants": {"some": {"scheme": "int8"}},
+    "targets": [{"runtime": "onnxruntime"}],
+}
+MODULE: Mapping[str, Any] = {
+    "name": "tiny",
+    "task": "tensors",
+    "source": {"module": "first.py:make", "files": []},
+    "inputs": [{"name": "input", "shape": ["batch", "height", "width"], "low": -2}],
+    "outputs": ["output"],
+    "axes": {"height": {"min": 1, "opt": 100, "max": 300}, "width": {"max": 300}},
+    "variants": {"some": {"scheme": "int8"}},
+}
+RTX = {**GRAPH, "targets": [{"runtime": "tensorrt_rtx"}]}
+TENSORRT = {**GRAPH, "targets": [{"runtime": "tensorrt", "gpu": "a100"}]}
+# Where a part stands in a graph spec, and the spec that its keys are edited in.
+GRAPH_PLACES: Mapping[str, tuple[tuple[str | int, ...], Mapping[str, Any]]] = {
+    "GraphSpec": ((), GRAPH),
+    "GraphInput": (("inputs", 0), MODULE),
+    "Axis": (("axes", "height"), MODULE),
+    "Samples": (("calibration",), GRAPH),
+    "GraphLimits": (("verify", "quality"), GRAPH),
+    "GraphVariant": (("variants", "some"), GRAPH),
+    "GraphServing": (("serving",), GRAPH),
+    "GraphOnnxRuntimeTarget": (("targets", 0), GRAPH),
+    "TensorRtTarget": (("targets", 0), TENSORRT),
+    "TensorRtRtxTarget": (("targets", 0), RTX),
+}
+# Edits that need another spec to have a meaning, or to be legal before and after.
+GRAPH_SPECS: Mapping[tuple[str, str], Mapping[str, Any]] = {
+    ("GraphSpec", "outputs"): MODULE,
+    ("GraphSpec", "probabilities"): {**GRAPH, "task": "classification"},
+    ("GraphVariant", "percentile"): {
+        **GRAPH,
+        "variants": {"some": {"scheme": "int8", "method": "percentile"}},
+    },
+    ("GraphServing", "pad_to"): {**GRAPH, "serving": {"max_sequence_length": 256}},
+    ("GraphOnnxRuntimeTarget", "provider_options"): {
+        **GRAPH,
+        "targets": [{"runtime": "onnxruntime", "provider": "tensorrt"}],
+    },
+    ("Samples", "file"): MODULE,
+}
+GRAPH_EDITS = [
+    pytest.param(part, key, id=f"{part}.{key}")
+    for (part, key), cells in KEYS.items()
+    if part in GRAPH_PLACES and cells[4] and cells[5] not in ("", "see there")
+]
+
+
+def edited_inside(document: Any, path: tuple[str | int, ...], value: Any) -> Any:
+    if not path:
+        return value
+    first, *rest = path
+    if isinstance(first, int):
+        entries = list(document)
+        entries[first] = edited_inside(entries[first], tuple(rest), value)
+        return entries
+    return {**document, first: edited_inside(document.get(first, {}), tuple(rest), value)}
+
+
+@pytest.mark.parametrize(("part", "key"), GRAPH_EDITS)
+def test_edit_of_a_graph_spec_runs_again_from_the_documented_step(
+    tmp_path: Path, part: str, key: str
+) -> None:
+    """The edit is the documented example."""
+    for name in ("first.py", "net.py", "weights.pt", "inputs.npz"):
+        (tmp_path / name).write_text(name)
+    place, base = GRAPH_PLACES[part]
+    base = GRAPH_SPECS.get((part, key), base)
+    cells = KEYS[part, key]
+    value = yaml.safe_load(cells[4].strip("`"))
+    known = {step.key for step in planned_document(tmp_path, base).steps}
+    after = planned_document(tmp_path, edited_inside(base, (*place, key), value))
+    changed = [step.kind for step in after.steps if step.key not in known]
+    named = [word for word in re.split(r", | or ", cells[5]) if word != "nothing"]
+    assert changed[:1] == (named[:1] if "tensorrt" not in str(base.get("targets", "")) else named[-1:])
+
+
+def anchors_of(document: str) -> set[str]:
+    headings = re.findall(r"^#+ (.*)$", document, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", SPEC_DOCUMENTS)
+def test_links_in_the_specs_documents_lead_somewhere(document: str) -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", SPEC_DOCUMENTS[document]):
         file, _, anchor = target.partition("#")
         assert not file or (ROOT / "docs" / file).is_file(), target
-        assert not anchor or anchor in anchors, target
+        text = SPEC_DOCUMENTS[file or document] if anchor else ""
+        assert not anchor or anchor in anchors_of(text), target
 
 
-def test_example_spec_is_valid_and_edits_something_in_every_part(tmp_path: Path) -> None:
-    (example,) = re.findall(r"```yaml\n(.*?)```", SPEC_DOCUMENT, re.DOTALL)
-    spec = parse_spec(example, origin="docs/spec.md", base_dir=tmp_path)
-    assert spec.model_fields_set == set(SCHEMA["properties"])
-    assert yaml.safe_load(example)["variants"].keys() == spec.variants.keys()
+@pytest.mark.parametrize("document", SPEC_DOCUMENTS)
+def test_example_specs_are_valid_and_edit_something_in_every_part(tmp_path: Path, document: str) -> None:
+    edited_keys: set[str] = set()
+    for example in re.findall(r"```yaml\n(.*?)```", SPEC_DOCUMENTS[document], re.DOTALL):
+        spec = parse_spec(example, origin=document, base_dir=tmp_path)
+        assert yaml.safe_load(example)["variants"].keys() == spec.variants.keys()
+        edited_keys |= spec.model_fields_set
+    everything = set(type(spec).model_fields) - {"task", "probabilities"}
+    assert edited_keys | {"task"} == everything | {"task"}
 
 
 def quoted_messages() -> list[str]:
