@@ -172,13 +172,19 @@ _GRAPH_KINDS = (
         "measure_graph",
         "enginesmith.graphs.measure:run",
         ("onnxruntime", "numpy"),
-        ("enginesmith.graphs", *_GRAPH_MODELS),
+        (
+            "enginesmith.graphs.measure",
+            "enginesmith.graphs.agreement",
+            "enginesmith.graphs.signature",
+            "enginesmith.verify.verdict",
+            "enginesmith.triton.models.graph_onnxruntime",
+        ),
     ),
     StepKind(
         "verify_graph",
         "enginesmith.graphs.gate:run",
         (),
-        ("enginesmith.graphs.gate", "enginesmith.verify.gate"),
+        ("enginesmith.graphs.gate", "enginesmith.verify.verdict"),
     ),
     StepKind(
         "package_graph",
@@ -288,7 +294,12 @@ STEP_KINDS: Mapping[StepName, StepKind] = {
                 _RUNTIME,
             ),
         ),
-        StepKind("verify", "enginesmith.verify.gate:run", (), ("enginesmith.verify.gate",)),
+        StepKind(
+            "verify",
+            "enginesmith.verify.gate:run",
+            (),
+            ("enginesmith.verify.gate", "enginesmith.verify.verdict"),
+        ),
         StepKind(
             "package",
             "enginesmith.triton.package:run",

@@ -29,9 +29,9 @@ from enginesmith.triton.models.llm_onnxruntime.llm_runtime import (
     create_session,
 )
 from enginesmith.triton.models.llm_onnxruntime.llm_text import Text
-from enginesmith.verify.gate import MEASUREMENTS_FILE
 from enginesmith.verify.reference import load_noise, load_reference
 from enginesmith.verify.scores import LogitsOfTokens, Scores, agreement, perplexity, scores_of_windows
+from enginesmith.verify.verdict import MEASUREMENTS_FILE
 
 PROBES = (
     "What is gravity?",
