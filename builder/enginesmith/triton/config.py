@@ -1,6 +1,6 @@
 """Writes ``config.pbtxt`` by filling Triton's own protobuf message, and reads it back.
 
-Knows the message, for models and for ensembles, and the tensors of a text-generation model. Knows nothing of files and engines. The format is
+Knows the message, for models and for ensembles, and the tensors of a text-generation model. Knows nothing of engines. The format is
 ``ModelConfig`` of Triton's ``model_config.proto``, printed in protobuf text format.
 """
 
@@ -43,6 +43,8 @@ class Tensor:
     """Requests with different shapes may share a batch. The Python backend hands over each request's own tensor."""
     reshape: tuple[int, ...] | None = None
     """The shape that the backend sees instead of ``dims``; ``()`` is one number per row of the batch."""
+    label_file: str | None = None
+    """Of an output whose values are classes: a file in the model's directory with one name a line."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,24 @@ class EnsembleStep:
     model: str
     inputs: Mapping[str, str]
     outputs: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class WarmupInput:
+    """One input of a warm-up request; ``dims`` without the batch, ``file`` in the model's directory ``warmup``."""
+
+    data_type: DataType
+    dims: tuple[int, ...]
+    file: str
+
+
+@dataclass(frozen=True)
+class WarmupSample:
+    """``batch_size`` equal requests that a model answers, as one batch, before it is ready."""
+
+    name: str
+    batch_size: int
+    inputs: Mapping[str, WarmupInput]
 
 
 LLM_INPUTS = (
@@ -84,6 +104,7 @@ def model_config(
     instance_kind: InstanceKind = "KIND_CPU",
     parameters: Mapping[str, str] | None = None,
     backend: str = "python",
+    platform: str = "",
     decoupled: bool = False,
 ) -> ModelConfig:
     """The complete configuration of a model; by default for the Python backend on CPUs.
@@ -91,7 +112,7 @@ def model_config(
     Complete means that tritonserver has nothing to fill in (``--disable-auto-complete-config``). A model that is
     not ``decoupled`` gives one answer per request, when it is complete.
     """
-    config = ModelConfig(name=name, backend=backend, max_batch_size=max_batch_size)
+    config = ModelConfig(name=name, backend=backend, platform=platform, max_batch_size=max_batch_size)
     _add_tensors(config, inputs, outputs)
     config.instance_group.add(kind=pb.ModelInstanceGroup.Kind.Value(instance_kind), count=instances)
     if dynamic_batching is not None:
@@ -132,7 +153,12 @@ def _add_tensors(config: ModelConfig, inputs: Sequence[Tensor], outputs: Sequenc
         if tensor.reshape is not None:
             added.reshape.CopyFrom(pb.ModelTensorReshape(shape=tensor.reshape))
     for tensor in outputs:
-        config.output.add(name=tensor.name, data_type=pb.DataType.Value(tensor.data_type), dims=tensor.dims)
+        config.output.add(
+            name=tensor.name,
+            data_type=pb.DataType.Value(tensor.data_type),
+            dims=tensor.dims,
+            label_filename=tensor.label_file or "",
+        )
 
 
 def _dynamic_batching(batching: DynamicBatching) -> pb.ModelDynamicBatching:
@@ -154,10 +180,43 @@ def _dynamic_batching(batching: DynamicBatching) -> pb.ModelDynamicBatching:
     return message
 
 
+def with_warmup(config: ModelConfig, samples: Sequence[WarmupSample]) -> ModelConfig:
+    """A copy of ``config`` whose model answers ``samples`` before it is ready."""
+    warmed = _copy(config)
+    for sample in samples:
+        added = warmed.model_warmup.add(name=sample.name, batch_size=sample.batch_size)
+        for name, given in sample.inputs.items():
+            added.inputs[name].data_type = pb.DataType.Value(given.data_type)
+            added.inputs[name].dims[:] = given.dims
+            added.inputs[name].input_data_file = given.file
+    return warmed
+
+
+def with_response_cache(config: ModelConfig) -> ModelConfig:
+    """A copy of ``config`` whose model's answers are kept; without effect on a server that has no cache."""
+    cached = _copy(config)
+    cached.response_cache.enable = True
+    return cached
+
+
+def with_gpu_accelerator(config: ModelConfig, name: str, parameters: Mapping[str, str]) -> ModelConfig:
+    """A copy of ``config`` with a GPU accelerator of Triton's ONNX Runtime backend: "cuda" or "tensorrt"."""
+    accelerated = _copy(config)
+    accelerator = accelerated.optimization.execution_accelerators.gpu_execution_accelerator.add(name=name)
+    for key, value in sorted(parameters.items()):
+        accelerator.parameters[key] = value
+    return accelerated
+
+
+def _copy(config: ModelConfig) -> ModelConfig:
+    copied = ModelConfig()
+    copied.CopyFrom(config)
+    return copied
+
+
 def serve_only_version(config: ModelConfig, version: int) -> ModelConfig:
     """A copy of ``config`` with which Triton serves exactly ``version``, whatever other directories there are."""
-    pinned = ModelConfig()
-    pinned.CopyFrom(config)
+    pinned = _copy(config)
     pinned.version_policy.specific.versions[:] = [version]
     return pinned
 
