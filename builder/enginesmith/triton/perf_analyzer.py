@@ -72,6 +72,7 @@ class PerfResult:
 
     concurrency: int
     throughput_per_s: float
+    """Rows, not requests."""
     avg_us: float
     p50_us: float
     p90_us: float
@@ -111,6 +112,7 @@ def run_perf_analyzer(
     grpc_url: str,
     concurrency: int,
     out_dir: Path,
+    batch_size: int = 1,
     request_count: int | None = None,
     window_s: float = 5.0,
     stability_percent: float = 10.0,
@@ -121,7 +123,8 @@ def run_perf_analyzer(
     """Measure ``model`` with ``concurrency`` requests always in flight, going round ``inputs``.
 
     Args:
-        inputs: requests, each the values of every input by name, without the batch dimension.
+        inputs: rows, each the values of every input by name, without the batch dimension.
+        batch_size: rows of one request. Throughput counts rows, latencies are of requests.
         out_dir: where the files that perf_analyzer reads and writes are kept.
         request_count: send exactly so many requests. Default: windows of ``window_s`` until three in a row agree
             within ``stability_percent``, at most ``max_windows``.
@@ -138,14 +141,15 @@ def run_perf_analyzer(
         stale.unlink(missing_ok=True)
     command = [str(tool.executable), "-m", model, "-u", grpc_url, "-i", "grpc", "--input-data", str(data)]
     command += ["--concurrency-range", str(concurrency), "-f", str(report), "--verbose-csv"]
-    command += ["--profile-export-file", str(export)]
+    command += ["--profile-export-file", str(export), "-b", str(batch_size)]
     if request_count is not None:
         command += ["--request-count", str(request_count)]
     else:
         command += ["--measurement-interval", str(round(window_s * 1000)), "--max-trials", str(max_windows)]
         command += ["--stability-percentage", str(stability_percent)]
     _run(command, tool, model=model, timeout_s=timeout_s)
-    return _result(report, export, concurrency, counted=request_count is not None)
+    counted = None if request_count is None else _counted_throughput(export) * batch_size
+    return _result(report, concurrency, counted)
 
 
 def _row(request: Mapping[str, Sequence[Value]]) -> dict[str, object]:
@@ -182,12 +186,12 @@ def _run(command: Sequence[str], tool: PerfAnalyzer, *, model: str, timeout_s: f
     )
 
 
-def _result(report: Path, export: Path, concurrency: int, *, counted: bool) -> PerfResult:
+def _result(report: Path, concurrency: int, counted_throughput_per_s: float | None) -> PerfResult:
     with report.open(newline="", encoding="utf-8") as file:
         (row,) = csv.DictReader(file)
     return PerfResult(
         concurrency=concurrency,
-        throughput_per_s=_counted_throughput(export) if counted else float(row["Inferences/Second"]),
+        throughput_per_s=counted_throughput_per_s or float(row["Inferences/Second"]),
         avg_us=float(row["Avg latency"]),
         p50_us=float(row["p50 latency"]),
         p90_us=float(row["p90 latency"]),
