@@ -1,1 +1,1 @@
-"""Triton repositories of models that one ONNX graph computes."""
+"""Triton repositories of models that one ONNX graph computes: packaged, rehearsed, joined with TensorRT engines."""
