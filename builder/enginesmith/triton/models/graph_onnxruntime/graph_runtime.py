@@ -36,7 +36,16 @@ class GraphRuntime:
         )
         self._inputs = {tensor["name"]: tensor for tensor in self.signature["inputs"]}
         self._outputs = {tensor["name"]: tensor for tensor in self.signature["outputs"]}
-        self._session = _session(directory / "model.onnx", self.engine, threads)
+        self.threads = threads or len(os.sched_getaffinity(0))
+        self._session = _session(directory / "model.onnx", self.engine, self.threads)
+        for side, wanted, seen in (
+            ("inputs", self._inputs, self._session.get_inputs()),
+            ("outputs", self._outputs, self._session.get_outputs()),
+        ):
+            if sorted(names := [value.name for value in seen]) != sorted(wanted):
+                raise ValueError(
+                    f"{directory}: the {side} of model.onnx are {names}, of signature.json {list(wanted)}"
+                )
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """The outputs by name, [batch, ...], of one batch.
@@ -151,7 +160,7 @@ class GraphRuntime:
 def _session(path: Path, engine: Mapping[str, Any], threads: int) -> ort.InferenceSession:
     """An ONNX Runtime session with the settings that ``engine.json`` asks for."""
     options = ort.SessionOptions()
-    options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+    options.intra_op_num_threads = threads
     options.log_severity_level = _ERRORS_ONLY
     for key, value in engine["session"].items():
         options.add_session_config_entry(key, str(value))
