@@ -28,6 +28,8 @@ class LaunchRequest:
     target: TensorRtLlmTarget | LlmApiTarget | None
     gpu_groups: tuple[tuple[int, ...], ...]
     slurm: bool
+    cache_bytes: int = 0
+    """The size of the response cache; 0: none."""
 
     def deployments(self) -> tuple[Deployment, ...]:
         """The TensorRT-LLM models of the repository; where it does not say, the one of the target."""
@@ -53,7 +55,10 @@ class LaunchRequest:
 
 def print_launch(request: LaunchRequest, *, as_json: bool) -> None:
     """Print the commands on stdout, for a shell or as JSON. Looks at no GPU and runs nothing."""
-    launch = request.launch(("tritonserver" if request.server == "auto" else request.server,))
+    from enginesmith.triton.response_cache import cache_arguments
+
+    program = "tritonserver" if request.server == "auto" else request.server
+    launch = request.launch((program, *cache_arguments(request.cache_bytes)))
     if as_json:
         commands = [{"argv": command.argv, "environment": command.environment} for command in launch.commands]
         endpoints = [asdict(one) for one in launch.endpoints]
@@ -75,6 +80,7 @@ def run_request(request: LaunchRequest) -> None:
     """
     from enginesmith.triton.installation import find_server
     from enginesmith.triton.ports import claim_ports
+    from enginesmith.triton.response_cache import cache_arguments
     from enginesmith.triton.supervise import require_runnable, run_launch
 
     if not any(request.repository.glob("*/config.pbtxt")):
@@ -94,6 +100,7 @@ def run_request(request: LaunchRequest) -> None:
     tritonserver = (
         str(installation.executable),
         *((f"--backend-directory={backends}",) if backends else ()),
+        *cache_arguments(request.cache_bytes, installation),
     )
     run_launch(
         replace(request, endpoints=endpoints).launch(tritonserver),

@@ -43,6 +43,11 @@ if TYPE_CHECKING:
     show_default=True,
     help="0 chooses a free port.",
 )
+@click.option(
+    "--response-cache-mib",
+    type=click.IntRange(min=0),
+    help="Size of the response cache. [default: 64 if a model asks for one]",
+)
 @click.option("--address", default="127.0.0.1", show_default=True, help="The address to listen on.")
 @click.option(
     "--gpus",
@@ -69,6 +74,7 @@ def serve(
     http_port: int,
     grpc_port: int,
     metrics_port: int,
+    response_cache_mib: int | None,
     address: str,
     gpu_groups: tuple[str, ...],
     spec_path: Path | None,
@@ -94,12 +100,14 @@ def serve(
     """
     from enginesmith.console import work_display
     from enginesmith.triton.launch import Endpoints, read_deployments
+    from enginesmith.triton.response_cache import cache_bytes_for
     from enginesmith.triton.server import serve_forever
 
     if as_json and not only_print:
         raise click.UsageError("--json belongs to --print: a running server has nothing to say on stdout")
     target = _target(spec_path, target_name, variant)
     deployments = read_deployments(repository)
+    cache_bytes = cache_bytes_for(repository, response_cache_mib and response_cache_mib << 20)
     plain_server = not (deployments or target or gpu_groups or slurm or only_print)
     if plain_server and address == "127.0.0.1":
         with work_display(sys.stderr) as on_progress:
@@ -109,6 +117,7 @@ def serve(
                 http_port=http_port,
                 grpc_port=grpc_port,
                 metrics_port=metrics_port,
+                cache_bytes=cache_bytes,
                 on_progress=on_progress,
             )
         return
@@ -119,6 +128,7 @@ def serve(
         target=target,
         gpu_groups=tuple(_gpu_group(group) for group in gpu_groups),
         slurm=slurm,
+        cache_bytes=cache_bytes,
     )
     if only_print:
         print_launch(request, as_json=as_json)

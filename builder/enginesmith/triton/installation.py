@@ -37,6 +37,8 @@ class ServerInstallation:
     origin: Literal["stock", "wheel"]
     backend_directory: Path | None = None
     """Where the backends are, or None where the executable knows by itself."""
+    cache_directory: Path | None = None
+    """Where the response caches are, or None where the executable knows by itself."""
     library_path: tuple[Path, ...] = ()
     """Directories that the server's processes need on ``LD_LIBRARY_PATH``."""
 
@@ -103,7 +105,11 @@ def _describe(executable: Path) -> ServerInstallation:
     _require_old_numpy()
     libraries = root.parent.parent / "nvidia_pytriton.libs"
     return ServerInstallation(
-        executable, "wheel", _assembled_backends(root), (*_libpython_directories(), libraries)
+        executable,
+        "wheel",
+        backend_directory=_assembled_backends(root),
+        cache_directory=root / "caches",
+        library_path=(*_libpython_directories(), libraries),
     )
 
 

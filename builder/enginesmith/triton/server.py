@@ -32,6 +32,7 @@ from typing import Any, Literal, Self
 from enginesmith.errors import EnginesmithError, ServerError
 from enginesmith.triton.installation import ServerInstallation, find_server
 from enginesmith.triton.ports import LOOPBACK, claim_ports
+from enginesmith.triton.response_cache import cache_arguments, cache_bytes_for
 from enginesmith.triton.server_log import LoadProgress, explain_reason, poll_failures, tail
 
 __all__ = ["ModelState", "Progress", "ServerInstallation", "TritonServer", "find_server", "serve_forever"]
@@ -79,6 +80,7 @@ class TritonServer:
         http_port, grpc_port, metrics_port: 0 picks a free port.
         model_control: "none" loads all models, "explicit" those in ``load_models`` and what is asked for later.
         python_path: directories that the models may import from, first; with the wheel's server only the first one.
+        cache_bytes: the size of the response cache; 0: none.
         log_path: where the server's output goes. Default: a temporary file, kept only when something failed.
         extra_args: further arguments of tritonserver.
     """
@@ -94,6 +96,7 @@ class TritonServer:
         model_control: Literal["none", "explicit"] = "none",
         load_models: Sequence[str] = (),
         python_path: Sequence[Path] = (),
+        cache_bytes: int = 0,
         log_path: Path | None = None,
         extra_args: Sequence[str] = (),
     ) -> None:
@@ -104,6 +107,7 @@ class TritonServer:
         self._model_control = model_control
         self._load_models = tuple(load_models)
         self._python_path = tuple(python_path)
+        self._cache_bytes = cache_bytes
         self._log_path = log_path
         self._keep_log = log_path is not None
         self._extra_args = tuple(extra_args)
@@ -269,6 +273,7 @@ class TritonServer:
         yield f"--backend-config=python,shm-region-prefix-name={self._shared_memory_prefix}"
         if installation.backend_directory:
             yield f"--backend-directory={installation.backend_directory}"
+        yield from cache_arguments(self._cache_bytes, installation)
         yield from self._extra_args
 
     def _own(self, command: Sequence[str], environment: Mapping[str, str], started: threading.Event) -> None:
@@ -373,10 +378,12 @@ def serve_forever(
     http_port: int = 8000,
     grpc_port: int = 8001,
     metrics_port: int = 8002,
+    cache_bytes: int | None = None,
     on_progress: Progress,
 ) -> None:
     """Serve ``repository`` until Ctrl-C or SIGTERM, then return. Call it from the main thread.
 
+    ``cache_bytes`` is the size of the response cache; None: some, if a model asks for it.
     The URLs are the last note given to ``on_progress``. An interrupt before the models are READY is raised as
     KeyboardInterrupt.
 
@@ -394,6 +401,7 @@ def serve_forever(
         http_port=http_port,
         grpc_port=grpc_port,
         metrics_port=metrics_port,
+        cache_bytes=cache_bytes_for(repository, cache_bytes),
     )
     with _sigterm_as_interrupt(), instance:
         instance.wait_ready(on_progress=on_progress)
