@@ -12,6 +12,9 @@ Version directories are never changed. Each holds a ``release.json`` with the di
 that the release was verified; Triton ignores it. All versions are kept. Publishers on one repository wait for each
 other; what a killed one left behind is removed or completed by the next.
 
+What a configuration reads beside the version directories (warm-up data, the names of classes) is shared by all versions.
+Such a file is named by its content, enters before the configuration that names it, and is never changed.
+
 A package may hold several models that refer to each other, such as the parts of an ensemble. All are staged before
 any is visible, and a model becomes visible after those that it refers to.
 """
@@ -36,14 +39,18 @@ from enginesmith.digests import file_digest
 from enginesmith.durable import fsync_directory, write_durably
 from enginesmith.errors import GateError, OperatorError
 from enginesmith.triton.config import config_text, parse_config, serve_only_version
-from enginesmith.triton.placement import contents_digest, place_tree, tree_contents
+from enginesmith.triton.placement import contents_digest, place_file, place_tree, tree_contents
 
 RELEASE_FILE = "release.json"
 CONFIG_FILE = "config.pbtxt"
 LOCK_FILE = ".publish.lock"
 LOCK_TIMEOUT_S = 600.0
-_ENGINE_BACKEND = "tensorrtllm"
-_ENGINE_FILES = ("rank*.engine", "config.json")
+_ENGINE_FILES: Mapping[str, tuple[str, ...]] = {
+    "tensorrtllm": ("rank*.engine", "config.json"),
+    "tensorrt": ("model.plan", "engine.json"),
+    "tensorrt_rtx": ("model.plan", "engine.json"),
+}
+"""What a rehearsal without a GPU cannot run, by the backend that runs it or, in our Python model, by its parameter ``runtime``."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +86,15 @@ class _Model:
     def digest(self) -> str:
         return contents_digest(self.contents)
 
+    @property
+    def shared(self) -> Mapping[str, str]:
+        """SHA-256 of the files that all versions share."""
+        return {
+            name: digest
+            for name, digest in self.contents.items()
+            if name != CONFIG_FILE and not name.startswith("1/")
+        }
+
 
 @dataclass(frozen=True)
 class _Release:
@@ -105,7 +121,7 @@ def publish(package_dir: Path, repository: Path, *, evidence: Mapping[str, Any])
         repository: the model repository; made if it does not exist.
         evidence: plain JSON, kept in ``release.json``. ``evidence["rehearsal"]`` must be the content of the
             ``rehearse`` step's ``rehearsal.json`` for these very bytes, and passed. What it names under
-            ``not_rehearsed`` may have come later, if it is the engine of a model in TensorRT-LLM's backend.
+            ``not_rehearsed`` may have come later, if it is the engine of a model of TensorRT or TensorRT-LLM.
 
     Raises:
         GateError: the package was not rehearsed, or not as these bytes.
@@ -130,6 +146,7 @@ def _publish_locked(
             _stage_version(release, staging / release.model.name / release.path.name, evidence=evidence)
     # A version is invisible until its configuration names it: the directories enter first, then the configurations.
     for release in releases:
+        _share_files(release, staging)
         if not release.known and not release.first:
             (staging / release.model.name / release.path.name).rename(release.path)
             fsync_directory(release.path.parent)
@@ -182,13 +199,13 @@ def _excused(
     model: str, config: ModelConfig, contents: Mapping[str, str], patterns: Sequence[str]
 ) -> tuple[str, ...]:
     """The files that a rehearsal may leave out: engines, and only where an engine's backend runs them."""
-    if config.backend != _ENGINE_BACKEND:
-        return ()
+    runtime = config.parameters["runtime"].string_value if "runtime" in config.parameters else ""
+    engines = _ENGINE_FILES.get(config.backend if config.backend != "python" else runtime, ())
     names = [pattern.removeprefix(f"{model}/1/") for pattern in patterns if pattern.startswith(f"{model}/1/")]
     return tuple(
         name.removeprefix("1/")
         for name in contents
-        if any(fnmatch.fnmatchcase(name, f"1/{wanted}") for wanted in names if wanted in _ENGINE_FILES)
+        if any(fnmatch.fnmatchcase(name, f"1/{wanted}") for wanted in names if wanted in engines)
     )
 
 
@@ -319,10 +336,33 @@ def _stage_version(release: _Release, staged: Path, *, evidence: Mapping[str, An
         fsync_directory(directory)
 
 
+def _share_files(release: _Release, staging: Path) -> None:
+    """Put what all versions share into the model's directory; into the staged one where there is none yet."""
+    model = staging / release.model.name / "model" if release.first else release.path.parent
+    for name, digest in release.model.shared.items():
+        target = model / name
+        if target.exists():
+            if file_digest(target) != digest:
+                raise OperatorError(
+                    f"{target} was changed after it was published",
+                    hint=f"move {target} away, then publish again; nothing was changed",
+                )
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staged = staging / "shared"
+        place_file(release.model.directory / name, staged)
+        if file_digest(staged) != digest:
+            raise OperatorError(
+                f"{name} changed while it was copied to {model}", hint="check the disk, then publish again"
+            )
+        staged.rename(target)
+        fsync_directory(target.parent)
+
+
 def _reveal_model(staged_version: Path, config: str, model: Path) -> None:
     """A model's first version enters the repository together with its directory and configuration."""
     staged = staged_version.parent / "model"
-    staged.mkdir()
+    staged.mkdir(exist_ok=True)
     staged_version.rename(staged / staged_version.name)
     write_durably(staged / CONFIG_FILE, config)
     fsync_directory(staged)
