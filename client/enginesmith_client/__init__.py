@@ -12,12 +12,14 @@ from enginesmith_client._errors import (
 )
 from enginesmith_client._messages import (
     BatchStatistics,
+    Classification,
     Duration,
     Generation,
     InferResult,
     ModelMetadata,
     ModelStatistics,
     ModelStatus,
+    RankedDocument,
     TensorMetadata,
 )
 
@@ -25,6 +27,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BatchStatistics",
+    "Classification",
     "Client",
     "ConnectError",
     "DeadlineExceeded",
@@ -37,6 +40,7 @@ __all__ = [
     "ModelStatistics",
     "ModelStatus",
     "Overloaded",
+    "RankedDocument",
     "ServerError",
     "TensorMetadata",
     "TritonClientError",

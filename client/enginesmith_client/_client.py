@@ -9,10 +9,11 @@ from __future__ import annotations
 import difflib
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, TypeVar
 
-from enginesmith_client import _generate
+from enginesmith_client import _generate, _texts
 from enginesmith_client._address import Protocol, address_from_url
 from enginesmith_client._codec import Array, text_bytes
 from enginesmith_client._deadline import Deadline
@@ -24,6 +25,7 @@ from enginesmith_client._errors import (
     TritonClientError,
 )
 from enginesmith_client._messages import (
+    Classification,
     Generation,
     InferResult,
     Json,
@@ -31,6 +33,7 @@ from enginesmith_client._messages import (
     ModelStatistics,
     ModelStatus,
     Parameter,
+    RankedDocument,
     metadata_from_json,
     statistics_from_json,
     statuses_from_json,
@@ -42,6 +45,8 @@ _POLL_INTERVAL_S = 0.2
 _PROBE_TIMEOUT_S = 5.0
 _LISTED_MODELS = 20
 _LISTING_TIMEOUT_S = 1.0
+_CONCURRENT_REQUESTS = 4
+"""Requests of one call that are on their way at once: while one is computed, the next is there already."""
 
 Result = TypeVar("Result")
 
@@ -122,6 +127,44 @@ class Client:
 
         result = self._with_metadata(model, version, self._deadline(timeout_s), ask)
         return _generate.generation_from_result(result, latency_s=time.monotonic() - started_s)
+
+    def embed(
+        self, model: str, texts: Sequence[str], *, version: str = "", timeout_s: float | None = None
+    ) -> Array:
+        """The vectors of ``texts``: float32 [texts, width], in their order.
+
+        Sent in requests of at most the model's ``max_batch_size``, several at once; when one fails, the call does.
+        ``model`` takes texts; for one that takes tokens, ``<model>-text`` is asked where the server has it.
+        """
+        batches = self._infer_texts(
+            model, _texts.EMBEDDING, {_texts.TEXT: texts}, version=version, timeout_s=timeout_s
+        )
+        return _texts.embeddings_from_results(batches)
+
+    def classify(
+        self, model: str, texts: Sequence[str], *, version: str = "", timeout_s: float | None = None
+    ) -> list[Classification]:
+        """The classes of each of ``texts``. Sent as ``embed`` sends."""
+        batches = self._infer_texts(
+            model, _texts.CLASSES, {_texts.TEXT: texts}, version=version, timeout_s=timeout_s
+        )
+        return _texts.classifications_from_results(batches)
+
+    def rerank(
+        self,
+        model: str,
+        query: str,
+        documents: Sequence[str],
+        *,
+        version: str = "",
+        timeout_s: float | None = None,
+    ) -> list[RankedDocument]:
+        """``documents`` by their relevance to ``query``, the most relevant first. Sent as ``embed`` sends."""
+        _texts.check_texts([query], what="query")
+        _texts.check_texts(documents, what="documents")
+        columns = {_texts.TEXT: [query] * len(documents), _texts.TEXT_PAIR: documents}
+        batches = self._infer_texts(model, _texts.SCORE, columns, version=version, timeout_s=timeout_s)
+        return _texts.ranking_from_results(batches, documents)
 
     def infer(
         self,
@@ -207,6 +250,53 @@ class Client:
             self._about(model, version, lambda: self._transport.statistics(model, version, deadline))
         )
 
+    def _infer_texts(
+        self,
+        model: str,
+        task: _texts.TextTask,
+        columns: Mapping[str, Sequence[str]],
+        *,
+        version: str,
+        timeout_s: float | None,
+    ) -> list[tuple[str, InferResult]]:
+        """For each batch of rows, in their order: the output that carries the task, and the answer."""
+        for name, texts in columns.items():
+            _texts.check_texts(texts, what="documents" if name == _texts.TEXT_PAIR else "texts")
+        deadline = self._deadline(timeout_s)
+        served = self._text_model(model, version, deadline)
+
+        def ask(batch: Mapping[str, Sequence[str]]) -> tuple[str, InferResult]:
+            def send(metadata: ModelMetadata, deadline: Deadline) -> InferResult:
+                output = _texts.output_for(metadata, task, columns)
+                inputs = _texts.inputs_from_texts(metadata, batch)
+                classes = output.shape[-1] if task is _texts.CLASSES else 0
+                return self._send(
+                    metadata, inputs, deadline, outputs=[output.name], version=version, classes=classes
+                )
+
+            result = self._with_metadata(served.name, version, deadline, send)
+            return next(iter(result.outputs)), result
+
+        batches = list(_texts.batches_of(columns, size=max(1, served.max_batch_size)))
+        with ThreadPoolExecutor(min(_CONCURRENT_REQUESTS, len(batches))) as pool:
+            answers = [pool.submit(ask, batch) for batch in batches]
+            try:
+                return [answer.result() for answer in answers]
+            finally:
+                for answer in answers:
+                    answer.cancel()
+
+    def _text_model(self, model: str, version: str, deadline: Deadline) -> ModelMetadata:
+        """The metadata of ``model`` if it takes texts, else of the model beside it that does."""
+        metadata = self._known.get((model, version)) or self._fetch_metadata(model, version, deadline)
+        if metadata.input(_texts.TEXT) is not None:
+            return metadata
+        beside = f"{model}{_texts.TEXT_MODEL_SUFFIX}"
+        try:
+            return self._known.get((beside, version)) or self._fetch_metadata(beside, version, deadline)
+        except ModelNotReady as error:
+            raise _texts.takes_no_text(metadata, beside) from error
+
     def _send(
         self,
         metadata: ModelMetadata,
@@ -217,9 +307,16 @@ class Client:
         outputs: Sequence[str] | None = None,
         request_id: str = "",
         parameters: Mapping[str, Parameter] | None = None,
+        classes: int = 0,
     ) -> InferResult:
         request = request_from_arrays(
-            metadata, inputs, outputs=outputs, version=version, request_id=request_id, parameters=parameters
+            metadata,
+            inputs,
+            outputs=outputs,
+            version=version,
+            request_id=request_id,
+            parameters=parameters,
+            classes=classes,
         )
         return result_from_reply(self._transport.infer(request, deadline))
 

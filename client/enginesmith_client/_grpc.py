@@ -144,7 +144,9 @@ def message_from_request(request: InferRequest) -> Message:
         message.inputs.add(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape)
         message.raw_input_contents.append(tensor.data)
     for name in request.outputs:
-        message.outputs.add(name=name)
+        output = message.outputs.add(name=name)
+        if request.classes:
+            output.parameters["classification"].int64_param = request.classes
     for name, value in request.parameters.items():
         # bool is an int in Python, so it comes first.
         if isinstance(value, bool):

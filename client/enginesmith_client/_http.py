@@ -220,7 +220,10 @@ def body_from_request(request: InferRequest) -> tuple[bytes, int]:
     if request.id:
         header["id"] = request.id
     if request.outputs:
-        header["outputs"] = [{"name": name, "parameters": {"binary_data": True}} for name in request.outputs]
+        asked = {"classification": request.classes} if request.classes else {}
+        header["outputs"] = [
+            {"name": name, "parameters": {"binary_data": True, **asked}} for name in request.outputs
+        ]
     encoded = json.dumps(header, allow_nan=False).encode("utf-8")
     return b"".join([encoded, *(tensor.data for tensor in request.inputs)]), len(encoded)
 

@@ -134,6 +134,29 @@ class Generation:
 
 
 @dataclass(frozen=True)
+class Classification:
+    """The classes of one text."""
+
+    label: str
+    """Of the most likely class; its number where the model names none."""
+    score: float
+    """Its probability."""
+    scores: Mapping[str, float]
+    """The probability of every class, the most likely first."""
+
+
+@dataclass(frozen=True)
+class RankedDocument:
+    """One document of a ranking."""
+
+    index: int
+    """Its place in the list that was given."""
+    score: float
+    """As the model gives it: higher is more relevant."""
+    document: str
+
+
+@dataclass(frozen=True)
 class WireTensor:
     """A named tensor in wire form."""
 
@@ -153,6 +176,8 @@ class InferRequest:
     inputs: tuple[WireTensor, ...]
     outputs: tuple[str, ...]
     parameters: Mapping[str, Parameter]
+    classes: int = 0
+    """Above 0: the outputs as Triton's classification extension gives them, this many classes of each row."""
 
 
 @dataclass(frozen=True)

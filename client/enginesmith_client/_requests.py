@@ -41,6 +41,7 @@ def request_from_arrays(
     version: str,
     request_id: str,
     parameters: Mapping[str, Parameter] | None,
+    classes: int = 0,
 ) -> InferRequest:
     """The request that carries ``inputs`` to the model.
 
@@ -64,6 +65,7 @@ def request_from_arrays(
         inputs=tuple(_wire_tensor(metadata, name, array) for name, array in inputs.items()),
         outputs=tuple(outputs or ()),
         parameters=_checked_parameters(parameters or {}),
+        classes=classes,
     )
 
 

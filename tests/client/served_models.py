@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 MODELS = Path(__file__).parent / "models"
-LOADED = ("changing", "echo", "gated", "llm", "pair", "plain_llm", "raises", "streaming")
+LOADED = (
+    "changing", "echo", "gated", "llm", "moods-text", "pair", "plain_llm", "raises", "relevance-text", "sentences",
+    "sentences-text", "streaming",
+)  # fmt: skip
 """What the server loads at its start; ``broken`` is there too and cannot be loaded."""
 
 

@@ -7,6 +7,8 @@ import pytest
 from served_models import RunningServer
 
 ROOT = Path(__file__).parents[2]
+SERVED = {"smollm2-135m-int4-awq": "llm", "minilm-l6-int8": "sentences", '"relevance"': '"relevance-text"'}
+"""The model of the tests that answers for each that the examples ask."""
 
 
 @pytest.mark.server
@@ -19,4 +21,6 @@ def test_the_examples_run(page: str, server: RunningServer) -> None:
     namespace: dict[str, object] = {}
     for example in examples:
         here = example.replace("127.0.0.1:8001", server.grpc_url).replace("127.0.0.1:8000", server.http_url)
-        exec(compile(here.replace("smollm2-135m-int4-awq", "llm"), page, "exec"), namespace)
+        for published, served in SERVED.items():
+            here = here.replace(published, served)
+        exec(compile(here, page, "exec"), namespace)
