@@ -23,7 +23,7 @@ from enginesmith.checkpoints.tensors import (
     CheckpointTensors,
     read_json_object,
 )
-from enginesmith.checkpoints.tokenizer import copy_tokenizer
+from enginesmith.checkpoints.tokenizer import copy_sentence_transformer, copy_tokenizer
 from enginesmith.checkpoints.validate import (
     WEIGHT_DTYPES,
     CheckpointSummary,
@@ -66,6 +66,8 @@ def canonical_from_directory(
         if (source / name).exists():
             clone_or_copy(source / name, out / name)
     copy_tokenizer(source, out, copy=clone_or_copy)
+    if as_it_came:
+        copy_sentence_transformer(source, out, copy=clone_or_copy)
     stored = {tensors.dtype(name) for name in tensors.names()}
     if dtype is None or stored == {SAFETENSORS_DTYPES[dtype]}:
         _copy_weights(tensors, out, report)

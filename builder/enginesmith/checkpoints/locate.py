@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -10,7 +11,7 @@ from typing import Literal
 from enginesmith.checkpoints.canonical import COPIED_FILES
 from enginesmith.checkpoints.tensors import CONFIG_FILE, INDEX_FILE, PICKLED_HINT, SINGLE_FILE
 from enginesmith.checkpoints.tokenizer import COPIED_FILES as TOKENIZER_FILES
-from enginesmith.checkpoints.tokenizer import SLOW_TOKENIZER_FILES
+from enginesmith.checkpoints.tokenizer import SENTENCE_FILES, SLOW_TOKENIZER_FILES
 from enginesmith.errors import SourceError
 
 _MAX_LISTED = 12
@@ -28,9 +29,15 @@ class ModelLocation:
         """Those of ``paths`` that the model needs."""
         if self.kind == "gguf":
             return [self.path]
-        wanted = {*COPIED_FILES, *TOKENIZER_FILES, *SLOW_TOKENIZER_FILES, INDEX_FILE}
-        inside = [path for path in paths if str(PurePosixPath(path).parent) == self.path]
-        return sorted(path for path in inside if _name(path) in wanted or _is_weight(path))
+        wanted = {*COPIED_FILES, *TOKENIZER_FILES, *SLOW_TOKENIZER_FILES, *SENTENCE_FILES, INDEX_FILE}
+        return sorted(path for path in paths if self._needs(PurePosixPath(path), wanted))
+
+    def _needs(self, path: PurePosixPath, wanted: Collection[str]) -> bool:
+        if str(path.parent) == self.path:
+            return path.name in wanted or _is_weight(path.name)
+        # sentence-transformers keeps the settings of its further modules in 1_Pooling, 2_Normalize and so on.
+        is_module = str(path.parent.parent) == self.path and re.fullmatch(r"\d+_\w+", path.parent.name)
+        return bool(is_module) and path.name == CONFIG_FILE
 
 
 def model_among(paths: Collection[str], *, member: str | None, origin: str) -> ModelLocation:

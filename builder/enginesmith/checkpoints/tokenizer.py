@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from enginesmith.checkpoints.tensors import read_json_object
 from enginesmith.errors import SourceError
@@ -14,6 +15,9 @@ CHAT_TEMPLATE_FILE = "chat_template.jinja"
 COPIED_FILES = (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, CHAT_TEMPLATE_FILE, "special_tokens_map.json")
 SLOW_TOKENIZER_FILES = ("tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json")
 """What transformers can make a ``tokenizer.json`` from."""
+MODULES_FILE = "modules.json"
+SENTENCE_FILES = (MODULES_FILE, "sentence_bert_config.json", "config_sentence_transformers.json")
+"""What sentence-transformers writes beside a model; each module but the first has a directory with a config.json."""
 
 
 def copy_tokenizer(source: Path, out: Path, *, copy: Callable[[Path, Path], None]) -> None:
@@ -37,6 +41,44 @@ def copy_tokenizer(source: Path, out: Path, *, copy: Callable[[Path, Path], None
             hint="copy tokenizer.json and tokenizer_config.json of the original model into the directory",
         )
     _extract_chat_template(out)
+
+
+def copy_sentence_transformer(source: Path, out: Path, *, copy: Callable[[Path, Path], None]) -> None:
+    """Put what makes an encoder a sentence-transformers model into ``out``, where the checkpoint in ``source`` is one.
+
+    Raises:
+        SourceError: ``modules.json`` is damaged or names a directory that is not inside of ``source``.
+    """
+    if not (source / MODULES_FILE).exists():
+        return
+    settings = [f"{path}/config.json" for _, path in read_modules(source) if path]
+    for name in (*SENTENCE_FILES, *settings):
+        if (source / name).exists():
+            (out / name).parent.mkdir(exist_ok=True)
+            copy(source / name, out / name)
+
+
+def read_modules(directory: Path) -> list[tuple[str, str]]:
+    """The type and the path of each module that ``modules.json`` lists, in order; the path is '' or one name.
+
+    Raises:
+        SourceError: it is damaged, or a path leads elsewhere.
+    """
+    path = directory / MODULES_FILE
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        modules = [(str(entry["type"]), str(entry["path"])) for entry in entries]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SourceError(
+            f"{path} is not as sentence-transformers writes it: {error}",
+            hint="copy it from the original model, or remove it and set pooling and normalize in the spec",
+        ) from error
+    for _, name in modules:
+        if name and (PurePosixPath(name).parts != (name,) or name == ".."):
+            raise SourceError(
+                f"{path} names {name!r}, which is not a directory beside it", hint="do not trust this model"
+            )
+    return modules
 
 
 def _convert_slow_tokenizer(source: Path, out: Path) -> None:

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 NAME_SCOPES = "pkg.torch.onnx.name_scopes"
@@ -52,7 +52,7 @@ def name_weights(graph: Any) -> None:
     A linear layer's ``weight`` is what its ``MatMul`` reads: [in, out], where PyTorch keeps [out, in].
     """
     taken = {tensor.name for tensor in (*graph.input, *graph.output)}
-    taken |= {output for node in graph.node for output in node.output}
+    taken |= {output for node in every_node(graph) for output in node.output}
     renamed: dict[str, str] = {}
     reads = {name: (node, index) for node, index, name in reversed(list(_constant_reads(graph)))}
     for tensor in graph.initializer:
@@ -60,7 +60,7 @@ def name_weights(graph: Any) -> None:
         if "." not in tensor.name and tensor.name in reads:
             wanted = _name_of_constant(*reads[tensor.name])
         renamed[tensor.name] = tensor.name = _unique(wanted, taken)
-    for node in graph.node:
+    for node in every_node(graph):
         for index, name in enumerate(node.input):
             if name in renamed:
                 node.input[index] = renamed[name]
@@ -70,12 +70,21 @@ def name_weights(graph: Any) -> None:
 
 def strip_metadata(graph: Any) -> None:
     """Remove what the exporter wrote down about its own process: stack traces hold paths of the machine."""
-    for node in graph.node:
+    for node in every_node(graph):
         del node.metadata_props[:]
     for value in (*graph.input, *graph.output, *graph.value_info, *graph.initializer):
         del value.metadata_props[:]
         value.doc_string = ""
     del graph.metadata_props[:]
+
+
+def every_node(graph: Any) -> Iterator[Any]:
+    """The nodes of a ``GraphProto`` and of the graphs inside of them (branches and loops)."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            for inner in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+                yield from every_node(inner)
 
 
 def _name_of_constant(node: Any, index: int) -> str:
@@ -107,3 +116,25 @@ def _list_of(node: Any, key: str) -> list[str]:
         if entry.key == key:
             return [str(item) for item in ast.literal_eval(entry.value)]
     return []
+
+
+def rename_values(graph: Any, names: Mapping[str, str]) -> None:
+    """Rename values of a ``GraphProto`` (inputs, outputs and what lies between); others that are in the way give way.
+
+    Two values of one name make an invalid graph, and an exporter calls its own values ``embedding`` or ``mul`` too.
+    """
+    taken = set(names.values())
+    own = {tensor.name for tensor in (*graph.input, *graph.output, *graph.initializer, *graph.value_info)}
+    own |= {output for node in every_node(graph) for output in node.output}
+    reserved = own | taken
+    mapping = dict(names)
+    for name in sorted(own & taken):
+        if name not in names:
+            mapping[name] = _unique(name, reserved)
+    for node in every_node(graph):
+        for values in (node.input, node.output):
+            for index, name in enumerate(values):
+                if name in mapping:
+                    values[index] = mapping[name]
+    for tensor in (*graph.input, *graph.output, *graph.initializer, *graph.value_info):
+        tensor.name = mapping.get(tensor.name, tensor.name)
