@@ -25,7 +25,7 @@ from releases import (
 )
 
 from enginesmith.errors import OperatorError
-from enginesmith.report import bytes_text
+from enginesmith.report_parts import bytes_text
 from enginesmith.store import Artifact, ArtifactStore
 
 MAX_REBUILD_S = 3.0

@@ -239,7 +239,7 @@ def gc(
     from dataclasses import asdict
 
     from enginesmith.collect import collect_garbage
-    from enginesmith.report import bytes_text
+    from enginesmith.report_parts import bytes_text
 
     report = collect_garbage(
         open_store(store_root), older_than_days=older_than_days, forget=forget, dry_run=dry_run

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO
 
 from enginesmith.build import BuildEvent
-from enginesmith.report import bytes_text
+from enginesmith.report_parts import bytes_text
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID

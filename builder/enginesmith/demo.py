@@ -17,7 +17,7 @@ from enginesmith.errors import ServerError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from enginesmith.report import VariantReport
+    from enginesmith.report_llm import LlmVariantReport
     from enginesmith_client import Client
 
 QUESTION = "What is the difference between a compiler and an interpreter?"
@@ -94,11 +94,11 @@ def _executions(client: Client, model: str) -> int:
     return sum(version.execution_count for version in client.statistics(model))
 
 
-def comparison_table(reports: Sequence[VariantReport], served: Sequence[Served]) -> Table:
+def comparison_table(reports: Sequence[LlmVariantReport], served: Sequence[Served]) -> Table:
     """One row per variant: what it gained and what it lost, all measured."""
     from rich.table import Table
 
-    from enginesmith.report import NOT_MEASURED, bytes_text
+    from enginesmith.report_parts import NOT_MEASURED, bytes_text
 
     headings = (
         "variant",
@@ -132,6 +132,6 @@ def comparison_table(reports: Sequence[VariantReport], served: Sequence[Served])
 
 
 def _shown(value: float | None, form: str) -> str:
-    from enginesmith.report import NOT_MEASURED
+    from enginesmith.report_parts import NOT_MEASURED
 
     return NOT_MEASURED if value is None else format(value, form)
