@@ -95,7 +95,11 @@ class Deployment:
             return size
         known = self.signature.axes[size]
         length: int = getattr(known, which)
-        return min(length, self.longest) if size == SEQUENCE_AXIS and self.text else length
+        return (
+            min(length, self.longest)
+            if size == SEQUENCE_AXIS and self.signature.task != "tensors"
+            else length
+        )
 
 
 def read_deployment(params: Mapping[str, Any], signature: Signature) -> Deployment:

@@ -107,7 +107,7 @@ def _write_engine(model: Path, deployment: Deployment, *, samples: Path) -> None
     label_file = _write_labels(model, deployment.signature)
     if not deployment.is_native:
         for folder in _CODE[runtime_of(deployment.target)]:
-            _write_code(folder, version)
+            write_code(folder, version)
     _write_config(model, engine_config(deployment, warmup=requests, label_file=label_file))
 
 
@@ -131,7 +131,7 @@ def _write_text(repository: Path, deployment: Deployment, *, checkpoint: Path) -
             hint="save the tokenizer with the checkpoint, or set serving.text: false",
         )
     place_file(checkpoint / TOKENIZER_FILE, version / TOKENIZER_FILE)
-    _write_code("graph_tokenizer", version)
+    write_code("graph_tokenizer", version)
     _write_json(version / TEXT_FILE, _text_settings(deployment, checkpoint))
     _write_config(version.parent, tokenizer_config(deployment))
     ensemble = repository / deployment.text_name
@@ -172,7 +172,7 @@ def _sentence_settings(checkpoint: Path) -> Mapping[str, Any]:
     return settings
 
 
-def _write_code(folder_name: str, version: Path) -> None:
+def write_code(folder_name: str, version: Path) -> None:
     """The code that Triton's Python backend runs; it imports nothing of enginesmith."""
     folder = importlib.resources.files("enginesmith.triton.models") / folder_name
     with importlib.resources.as_file(folder) as sources:
