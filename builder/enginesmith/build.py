@@ -16,10 +16,13 @@ from typing import Literal
 
 from packaging.requirements import Requirement
 
+from enginesmith.engines.tensorrt.library import LIBRARIES
 from enginesmith.engines.tensorrt_llm.toolchain import require_compiler
 from enginesmith.errors import EnginesmithError, SourceError, ToolchainError
+from enginesmith.graph_targets import TensorRtRtxTarget, TensorRtTarget
 from enginesmith.plan import Plan, check_with_checkpoint
 from enginesmith.plan_steps import MISSING_TOOL, Step
+from enginesmith.platforms import TRITON_IMAGES
 from enginesmith.records import remember_build, remember_root
 from enginesmith.runner import DiskFullInWorkerError, Runner, StepRequest
 from enginesmith.steps import STEP_KINDS, StepKind, StepName
@@ -282,7 +285,13 @@ def _check_compilers(plan: Plan, store: ArtifactStore) -> None:
     """Engines come last, hours may lie before them, and most machines cannot compile any: so it is asked first."""
     targets = {target.name: target for target in plan.spec.targets}
     for step in plan.steps:
-        if step.kind != "compile" or store.get(step.key) is not None:
+        if step.kind not in ("compile", "compile_tensorrt") or store.get(step.key) is not None:
+            continue
+        target = targets[step.target or ""]
+        if isinstance(target, TensorRtTarget | TensorRtRtxTarget):
+            image = TRITON_IMAGES[target.toolchain] if isinstance(target, TensorRtTarget) else None
+            capabilities = step.params["compute_capabilities"]
+            LIBRARIES[target.runtime].require(step.params["version"], capabilities, image=image)
             continue
         if engine_dir := step.params["location"]["engine_dir"]:
             if not (Path(engine_dir) / "config.json").is_file():
@@ -291,7 +300,6 @@ def _check_compilers(plan: Plan, store: ArtifactStore) -> None:
                     hint="give the directory that trtllm-build wrote with --output_dir",
                 )
             continue
-        target = targets[step.target or ""]
         assert isinstance(target, TensorRtLlmTarget), target
         require_compiler(target)
 

@@ -2,26 +2,126 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from typing import Any
 
 from enginesmith.errors import SpecError
 from enginesmith.graph_spec import GraphSpec
-from enginesmith.graph_targets import TensorRtTarget
-from enginesmith.platforms import TRITON_IMAGES
+from enginesmith.graph_targets import GraphOnnxRuntimeTarget, TensorRtRtxTarget, TensorRtTarget
+from enginesmith.platforms import GPUS, TRITON_IMAGES, graph_schemes_on
+from enginesmith.schemes import GRAPH_SCHEMES, GraphSchemeName
+
+_OF_EVERY_PROVIDER = ("device_id", "user_compute_stream")
 
 
 def check_graph_targets(spec: GraphSpec) -> None:
     """Return if every target of ``spec`` can execute its variants, as far as that is known without the model.
 
     Raises:
-        SpecError: an unknown toolchain, or a scheme that the GPU cannot execute.
+        SpecError: the first combination that cannot work, with what can.
     """
     for target in spec.targets:
-        if isinstance(target, TensorRtTarget) and target.toolchain not in TRITON_IMAGES:
+        if isinstance(target, GraphOnnxRuntimeTarget):
+            _check_provider_options(target)
+            continue
+        if isinstance(target, TensorRtTarget):
+            _check_toolchain(target)
+        else:
+            _check_capabilities(target)
+        variants = spec.variants if target.variants is None else target.variants
+        for name in variants:
+            _check_scheme(target, name, spec.variants[name].scheme)
+        _check_usual_shapes(spec, target)
+
+
+def _check_provider_options(target: GraphOnnxRuntimeTarget) -> None:
+    """ONNX Runtime's TensorRT provider reads names with ``trt_``, the CUDA provider none; the other's are ignored or refused."""
+    theirs = [name for name in target.provider_options if name.startswith("trt_")]
+    wrong = theirs if target.provider == "cuda" else sorted(set(target.provider_options) - set(theirs))
+    if target.provider == "tensorrt":
+        wrong = [name for name in wrong if name not in _OF_EVERY_PROVIDER]
+    if wrong:
+        other = "tensorrt" if target.provider == "cuda" else "cuda"
+        raise SpecError(
+            f"target {target.name}: provider_options {wrong[0]} is no option of provider {target.provider}",
+            hint=f"options of TensorRT's provider begin with trt_, those of the CUDA provider do not; or provider: {other}",
+        )
+
+
+def _check_toolchain(target: TensorRtTarget) -> None:
+    if target.toolchain in TRITON_IMAGES:
+        return
+    close = difflib.get_close_matches(target.toolchain, TRITON_IMAGES, n=1)
+    raise SpecError(
+        f"target {target.name}: toolchain {target.toolchain!r} is not a known tag of tritonserver:YY.MM-py3"
+        + (f"; did you mean {close[0]!r}?" if close else ""),
+        hint=f"known: {', '.join(TRITON_IMAGES)}",
+    )
+
+
+def _check_capabilities(target: TensorRtRtxTarget) -> None:
+    seen = target.compute_capabilities
+    if twice := [text for index, text in enumerate(seen) if text in seen[:index]]:
+        raise SpecError(
+            f"target {target.name}: compute capability {twice[0]} is named twice", hint="name each GPU once"
+        )
+
+
+def _check_scheme(target: TensorRtTarget | TensorRtRtxTarget, variant: str, scheme: GraphSchemeName) -> None:
+    """One message for all GPUs of a target that cannot execute a scheme."""
+    if isinstance(target, TensorRtTarget):
+        gpu = GPUS[target.gpu]
+        schemes = graph_schemes_on("tensorrt", gpu.compute_capability)
+        if scheme not in schemes:
+            fitting = [
+                row.name
+                for row in GPUS.values()
+                if scheme in graph_schemes_on("tensorrt", row.compute_capability)
+            ]
             raise SpecError(
-                f"target {target.name}: toolchain {target.toolchain!r} is not known; known: {', '.join(TRITON_IMAGES)}"
+                f"target {target.name}: TensorRT has no {GRAPH_SCHEMES[scheme].title} (variant {variant}) on {gpu.name}, "
+                f"SM{gpu.compute_capability}",
+                hint=f"on {gpu.name}: {', '.join(schemes)}; {scheme} runs on {', '.join(fitting)}; or leave the variant out "
+                f"with `variants` in the target",
             )
+        return
+    seen = {text: int(text.replace(".", "")) for text in target.compute_capabilities}
+    lacking = {text: sm for text, sm in seen.items() if scheme not in graph_schemes_on("tensorrt_rtx", sm)}
+    if lacking:
+        rest = [text for text in seen if text not in lacking]
+        allowed = set.intersection(*(set(graph_schemes_on("tensorrt_rtx", sm)) for sm in lacking.values()))
+        raise SpecError(
+            f"target {target.name}: TensorRT for RTX does not build {GRAPH_SCHEMES[scheme].title} (variant {variant}) for "
+            f"compute capability {', '.join(lacking)}, and one engine is built for all of {', '.join(seen)}",
+            hint=f"for {', '.join(lacking)}: {', '.join(name for name in GRAPH_SCHEMES if name in allowed)}; "
+            + (f"{scheme} with compute_capabilities {rest}; " if rest else "")
+            + "or name another target for this variant",
+        )
+
+
+def _check_usual_shapes(spec: GraphSpec, target: TensorRtTarget | TensorRtRtxTarget) -> None:
+    serving = spec.serving
+    if target.opt_batch_size is not None and target.opt_batch_size > serving.max_batch_size:
+        raise SpecError(
+            f"target {target.name}: opt_batch_size {target.opt_batch_size} is above serving.max_batch_size "
+            f"{serving.max_batch_size}, where the engine's profile ends",
+            hint=f"1 to {serving.max_batch_size}",
+        )
+    usual = target.opt_sequence_length
+    if usual is None:
+        return
+    if not spec.reads_text:
+        raise SpecError(
+            f"target {target.name}: opt_sequence_length is for tasks that read text, not for {spec.task}",
+            hint="give the usual length of an axis as axes.<name>.opt",
+        )
+    if usual > serving.max_sequence_length:
+        raise SpecError(
+            f"target {target.name}: opt_sequence_length {usual} is above serving.max_sequence_length "
+            f"{serving.max_sequence_length}, where the engine's profile ends",
+            hint=f"1 to {serving.max_sequence_length}",
+        )
 
 
 def check_graph_legal(spec: GraphSpec, hf_config: Mapping[str, Any]) -> None:

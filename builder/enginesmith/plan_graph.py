@@ -9,10 +9,10 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from enginesmith.engines.tensorrt.library import LIBRARIES, MISSING
 from enginesmith.graph_params import (
     export_params,
     package_params,
@@ -28,8 +28,6 @@ from enginesmith.platforms import TRITON_IMAGES
 from enginesmith.schemes import GRAPH_SCHEMES
 from enginesmith.step_params import fetch_params
 from enginesmith.store import ArtifactStore
-
-RTX_DISTRIBUTION = "tensorrt-rtx-cu12"
 
 
 @dataclass(frozen=True)
@@ -179,10 +177,6 @@ class GraphPlanner:
 
 
 def _version_of(target: TensorRtTarget | TensorRtRtxTarget) -> str:
-    """The TensorRT that will build: the one in the server's image, or the installed TensorRT for RTX."""
-    if isinstance(target, TensorRtTarget):
-        return TRITON_IMAGES[target.toolchain].tensorrt
-    try:
-        return importlib.metadata.version(RTX_DISTRIBUTION)
-    except importlib.metadata.PackageNotFoundError:
-        return "missing"
+    """The TensorRT that will build: the one in the server's image, where that is known, else the installed one."""
+    known = TRITON_IMAGES[target.toolchain].tensorrt if isinstance(target, TensorRtTarget) else None
+    return known or LIBRARIES[target.runtime].installed_version() or MISSING

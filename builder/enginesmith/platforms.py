@@ -12,7 +12,7 @@ from typing import Literal
 
 from packaging.version import Version
 
-from enginesmith.schemes import SchemeName
+from enginesmith.schemes import GraphSchemeName, SchemeName
 
 GpuName = Literal[
     "a100-40g",
@@ -31,6 +31,7 @@ GpuName = Literal[
 ]
 KvCacheName = Literal["none", "fp8", "int8"]
 GpuRuntime = Literal["tensorrt_llm", "tensorrt_llm_llmapi"]
+GraphGpuRuntime = Literal["tensorrt", "tensorrt_rtx"]
 
 
 @dataclass(frozen=True)
@@ -199,10 +200,16 @@ def toolchain_with(tensorrt_llm: str) -> Toolchain | None:
 
 @dataclass(frozen=True)
 class TritonImage:
-    """What one ``tritonserver:YY.MM-py3`` image holds."""
+    """What one ``tritonserver:YY.MM-py3`` image holds. Not what the image for TensorRT-LLM of the same month holds."""
 
     tag: str
-    tensorrt: str
+    tensorrt: str | None
+    """Plans are read by exactly this version. None: not published; then whatever TensorRT builds is taken for it."""
+    cuda: str | None
+    driver: str | None
+    """The branch that NVIDIA names for GPUs other than data-center ones."""
+    python: str | None
+    onnxruntime: str | None
 
     @property
     def image(self) -> str:
@@ -210,7 +217,61 @@ class TritonImage:
         return f"nvcr.io/nvidia/tritonserver:{self.tag}-py3"
 
 
+# Sources. CUDA and driver: the page of each month in NVIDIA's release notes of Triton Inference Server, where it could be
+# read; from 26.06 on they name no driver. ONNX Runtime: the table "ONNX Runtime Versions" of docs/introduction/compatibility.md in
+# triton-inference-server/server, which ends with 26.08. TensorRT and Python of 26.07: TRT_VERSION of that month's NVIDIA base
+# image and two public reports of running this one; the matrix that NVIDIA refers to for the others could not be read.
 TRITON_IMAGES: Mapping[str, TritonImage] = {
-    image.tag: image for image in (TritonImage("26.07", "10.14.1.48"),)
+    image.tag: image
+    for image in (
+        TritonImage("26.10", None, "13.4.3.001", None, None, None),
+        TritonImage("26.09", None, "13.4.1", None, None, None),
+        TritonImage("26.08", None, "13.4.1", None, None, "1.28.0"),
+        TritonImage("26.07", "11.1.0.106", "13.3.1", None, "3.12", "1.27.0"),
+        TritonImage("26.06", None, "13.3.0", None, None, "1.24.4"),
+        TritonImage("26.05", None, None, None, None, "1.24.4"),
+        TritonImage("26.04", None, "13.2.1", "575", None, "1.24.4"),
+        TritonImage("26.03", None, None, None, None, "1.24.2"),
+        TritonImage("26.02", None, "13.1.1", "575", None, "1.24.1"),
+        TritonImage("26.01", None, None, None, None, "1.23.2"),
+        TritonImage("25.12", None, None, None, None, "1.23.2"),
+        TritonImage("25.11", None, None, None, None, "1.23.2"),
+        TritonImage("25.10", None, "13.0.2.006", "575", None, "1.23.1"),
+        TritonImage("25.09", None, None, None, None, "1.23.0"),
+        TritonImage("25.08", None, "13.0.0.044", "575", None, "1.23.0"),
+        TritonImage("25.07", None, None, None, None, "1.22.0"),
+        TritonImage("25.06", None, "12.9.1.010", "575", None, "1.22.0"),
+        TritonImage("25.05", None, None, None, None, "1.22.0"),
+        TritonImage("25.04", None, "12.9.0", "575", None, "1.21.0"),
+        TritonImage("25.03", None, "12.8.1.012", "560", None, "1.21.0"),
+        TritonImage("25.02", None, "12.8.0.38", "560", None, "1.20.1"),
+        TritonImage("25.01", None, None, None, None, "1.20.1"),
+    )
 }
 """The images that can be named, newest first."""
+
+
+@dataclass(frozen=True)
+class GraphExecution:
+    """What one builder of TensorRT engines takes for GPUs of some compute capabilities."""
+
+    runtime: GraphGpuRuntime
+    capabilities: tuple[int, ...]
+    schemes: tuple[GraphSchemeName, ...]
+
+
+# TensorRT: the table of precisions per compute capability in its support matrix (FP8 needs SM89). TensorRT for RTX: measured
+# with 1.7.1, whose builder refuses FP8 below SM89 and everything but FP16 for SM75 ("FP32 GEMM is not supported").
+GRAPH_EXECUTIONS: tuple[GraphExecution, ...] = (
+    GraphExecution("tensorrt", (80, 86), ("none", "fp16", "bf16", "int8")),
+    GraphExecution("tensorrt", (89, 90, 100), ("none", "fp16", "bf16", "int8", "fp8")),
+    GraphExecution("tensorrt_rtx", (75,), ("fp16",)),
+    GraphExecution("tensorrt_rtx", (80, 86), ("none", "fp16", "bf16", "int8")),
+    GraphExecution("tensorrt_rtx", (89, 120, 121), ("none", "fp16", "bf16", "int8", "fp8")),
+)
+
+
+def graph_schemes_on(runtime: GraphGpuRuntime, capability: int) -> tuple[GraphSchemeName, ...]:
+    """The schemes of graphs that ``runtime`` takes for GPUs of this compute capability; none where it builds for no such GPU."""
+    rows = (row for row in GRAPH_EXECUTIONS if row.runtime == runtime and capability in row.capabilities)
+    return next((row.schemes for row in rows), ())

@@ -140,15 +140,20 @@ _GRAPH_KINDS = (
     StepKind(
         "sample",
         "enginesmith.graphs.samples:run",
-        ("numpy", "tokenizers", "datasets"),
-        ("enginesmith.graphs.samples", "enginesmith.graphs.signature", "enginesmith.corpora"),
+        ("numpy", "tokenizers", "datasets", "onnx"),
+        (
+            "enginesmith.graphs.samples",
+            "enginesmith.graphs.tensor_samples",
+            "enginesmith.graphs.onnx_source",
+            "enginesmith.corpora",
+        ),
         unkeyed_params=("location",),
     ),
     StepKind(
         "export",
         "enginesmith.graphs.export:run",
         ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "numpy", "safetensors"),
-        ("enginesmith.graphs",),
+        ("enginesmith.graphs", "enginesmith.torch_models", "enginesmith.checkpoints.tokenizer"),
         unkeyed_params=("location",),
     ),
     StepKind(
@@ -216,8 +221,14 @@ _GRAPH_KINDS = (
     StepKind(
         "compile_tensorrt",
         "enginesmith.engines.tensorrt.compile:run",
-        ("onnx", "numpy"),
-        ("enginesmith.engines.tensorrt", "enginesmith.graphs.signature", "enginesmith.platforms"),
+        ("polygraphy", "numpy"),
+        (
+            "enginesmith.engines.tensorrt",
+            "enginesmith.engines.tensorrt_llm.toolchain",
+            "enginesmith.graphs.signature",
+            "enginesmith.graphs.agreement",
+            "enginesmith.platforms",
+        ),
         unkeyed_params=("location",),
     ),
     StepKind(

@@ -20,6 +20,8 @@ from enginesmith.errors import ToolchainError
 from enginesmith.platforms import TRITON_IMAGES, TritonImage
 
 RTX_DISTRIBUTION = "tensorrt-rtx-cu12"
+MISSING = "missing"
+"""The version of a library that is not there."""
 EXTRA = "pip install 'enginesmith[tensorrt]'"
 _CHOICE_VARIABLE = "POLYGRAPHY_USE_TENSORRT_RTX"
 # NVIDIA names the wheel after the CUDA that it is built for; its containers have the plain name.
@@ -47,8 +49,12 @@ class Library(Protocol):
     def installed_version(self) -> str | None:
         """The version that this Python environment has, or None. Imports nothing."""
 
-    def require(self, version: str, capabilities: Sequence[int]) -> None:
+    def require(self, version: str, capabilities: Sequence[int], *, image: TritonImage | None = None) -> None:
         """Return if this machine can build with this version for GPUs of these compute capabilities.
+
+        Args:
+            version: that of the plan; ``MISSING`` where there was none when it was made.
+            image: the one that will serve, for the message.
 
         Raises:
             ToolchainError: it cannot; says all that is missing, what to install or which image has it.
@@ -68,12 +74,12 @@ class TensorRt:
     def installed_version(self) -> str | None:
         return _version_of(_TENSORRT_DISTRIBUTIONS) if _is_there(self.module) else None
 
-    def require(self, version: str, capabilities: Sequence[int]) -> None:
-        problems = []
-        if not _is_there(self.module):
-            problems.append(f"this Python environment has no module {self.module}")
-        # Plans are read by exactly the version that wrote them. Debian's package leaves no version; load() sees it.
-        elif (seen := self.installed_version()) and not same_version(seen, version):
+    def require(self, version: str, capabilities: Sequence[int], *, image: TritonImage | None = None) -> None:
+        problems, seen = [], self.installed_version()
+        if seen is None:
+            problems.append(f"this Python environment has no {self.module}")
+        # Plans are read by exactly the version that wrote them.
+        elif not same_version(seen, version):
             problems.append(f"TensorRT is {seen}{_image_with(seen)}")
         problems += _polygraphy_problems()
         gpus = visible_gpus()
@@ -83,11 +89,11 @@ class TensorRt:
             problems.append(f"its GPU is {describe_gpu(gpus[0])}")
         if problems:
             names = ", ".join(f"SM{capability}" for capability in capabilities)
+            wanted = "TensorRT" if version == MISSING else f"TensorRT {version}"
             raise ToolchainError(
-                f"a TensorRT plan needs TensorRT {version} and a GPU of {names} to be built; on this machine: "
-                + "; ".join(problems),
-                hint=f"{_where(version)}; `{EXTRA}` there brings Polygraphy. Without a GPU, `enginesmith rehearse` "
-                "runs all but the plan, and runtime tensorrt_rtx builds ahead of time",
+                f"a plan needs {wanted} and a GPU of {names} to be built; on this machine: {'; '.join(problems)}",
+                hint=f"{_where(version, image)}; `{EXTRA}` in it brings Polygraphy. Without a GPU, `enginesmith rehearse` "
+                "runs all but the plan, and a target of runtime tensorrt_rtx builds ahead of time",
             )
 
     def config(self, settings: Mapping[str, Any], capabilities: Sequence[int]) -> ConfigLoader:  # noqa: ARG002 - its GPU
@@ -107,7 +113,13 @@ class TensorRtRtx:
     def installed_version(self) -> str | None:
         return _version_of((RTX_DISTRIBUTION,)) if _is_there(self.module) else None
 
-    def require(self, version: str, capabilities: Sequence[int]) -> None:  # noqa: ARG002 - needs no GPU
+    def require(
+        self,
+        version: str,
+        capabilities: Sequence[int],  # noqa: ARG002 - no GPU is needed.
+        *,
+        image: TritonImage | None = None,  # noqa: ARG002 - no image has it.
+    ) -> None:
         seen, problems = self.installed_version(), []
         if seen is None:
             problems.append(f"this Python environment has no {RTX_DISTRIBUTION}")
@@ -163,7 +175,7 @@ def device_for(capabilities: Sequence[int]) -> SeenGpu | None:
 
 def same_version(first: str, second: str) -> bool:
     """Whether two versions are the same release; suffixes such as ``.post1`` do not count."""
-    return Version(first).release == Version(second).release
+    return MISSING not in (first, second) and Version(first).release == Version(second).release
 
 
 def _is_there(module: str) -> bool:
@@ -196,6 +208,6 @@ def _image_with(version: str) -> str:
     return f" (that of {row.image})" if row else ""
 
 
-def _where(version: str) -> str:
-    row = _with_version(version)
-    return f"the image {row.image} has TensorRT {version}" if row else EXTRA
+def _where(version: str, image: TritonImage | None = None) -> str:
+    row = image or _with_version(version)
+    return f"the image {row.image} has the right TensorRT" if row else EXTRA
