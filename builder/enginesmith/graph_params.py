@@ -5,6 +5,9 @@ As ``enginesmith.step_params`` for text generation. Used by ``enginesmith.plan_g
 
 from __future__ import annotations
 
+import glob
+from pathlib import Path
+
 from enginesmith.digests import tree_digest
 from enginesmith.errors import SourceError
 from enginesmith.graph_spec import GraphSpec, GraphVariant, Samples
@@ -27,6 +30,9 @@ def sample_params(spec: GraphSpec, store: ArtifactStore, samples: Samples, *, wh
         length = min(samples.length, spec.serving.max_sequence_length)
         return {**keyed, "task": spec.task, "corpus": corpus, "length": length, "location": location}
     keyed |= {"task": spec.task, "inputs": [tensor.model_dump(mode="json") for tensor in spec.inputs]}
+    if spec.source.onnx and not spec.inputs:  # The file says what its inputs are.
+        location["onnx"] = _local_file(spec, spec.source.onnx, where="source.onnx")
+        keyed["onnx_sha256"] = store.digests.digest(spec.resolve(spec.source.onnx))
     keyed["axes"] = {name: axis.model_dump(mode="json") for name, axis in spec.axes.items()}
     if samples.file is None:
         return {**keyed, "file_sha256": None, "location": location}
@@ -59,7 +65,17 @@ def export_params(spec: GraphSpec, store: ArtifactStore) -> Params:
     if source.onnx:
         location["onnx"] = _local_file(spec, source.onnx, where="source.onnx")
         keyed["onnx_sha256"] = store.digests.digest(spec.resolve(source.onnx))
+        keyed["onnx_data"] = _weights_beside(spec.resolve(source.onnx), store)
     return {**keyed, "location": location}
+
+
+def _weights_beside(path: Path, store: ArtifactStore) -> dict[str, str]:
+    """The files whose names begin with that of the ONNX file, by content: it may keep its weights in them.
+
+    The export refuses weights in files of other names, because a plan does not open the file to see their names.
+    """
+    beside = sorted(path.parent.glob(f"{glob.escape(path.name)}?*"))
+    return {other.name: store.digests.digest(other) for other in beside if other.is_file()}
 
 
 def _local_file(spec: GraphSpec, name: str, *, where: str) -> str:
@@ -103,7 +119,8 @@ def package_params(spec: GraphSpec, name: str, target: GraphTarget) -> Params:
     """How Triton serves a variant on a target: what its models read of target and serving."""
     exclude = {"name", "variants"}
     if not isinstance(target, GraphOnnxRuntimeTarget):
-        exclude |= set(type(target).model_fields) - {"runtime", "backend"}  # The rest decides the engine only.
+        # The rest decides the engine only.
+        exclude |= set(type(target).model_fields) - {"runtime", "backend"}
     return {
         "model_name": spec.triton_name(name),
         "variant": name,

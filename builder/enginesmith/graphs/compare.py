@@ -172,13 +172,13 @@ def _failure(probe: Probe | None, problem: str, original: Original, feeds: Array
 
 
 def fixed_axis(original: Original, probe: Probe, problem: str) -> SourceError:
-    """The error for an axis that is declared dynamic, but that the graph knows at one length only."""
+    """The error for an axis that is declared dynamic, but that the model or its graph knows at one length only."""
     axis = str(probe.axis)
     names = [tensor.name for tensor in original.inputs if axis in tensor.shape]
     return SourceError(
-        f"input{'s' if len(names) > 1 else ''} {', '.join(names)}: axis {axis!r} was fixed by the graph; with a length of "
+        f"input{'s' if len(names) > 1 else ''} {', '.join(names)}: axis {axis!r} was fixed by {original.what}; with a length of "
         f"{probe.length} it fails: {problem}",
-        hint="make the axis dynamic where the graph is made (reshape by the input's own shape), or give its fixed length in the spec",
+        hint="make the axis dynamic in the model (e.g. reshape by the input's own shape), or give its fixed length in the spec",
     )
 
 

@@ -77,7 +77,7 @@ def run(context: StepContext) -> Mapping[str, Any]:
 
 def read_references(directory: Path) -> list[Arrays]:
     """The original model's outputs in an ``export`` artifact, by sample batch."""
-    references = []
+    references: list[Arrays] = []
     for path in sorted((directory / REFERENCE_DIRECTORY).glob("*.npz")):
         with np.load(path, allow_pickle=False) as archive:
             references.append({name: archive[name] for name in archive.files})
@@ -89,7 +89,7 @@ def _original(context: StepContext) -> Original:
     if location.get("onnx"):
         from enginesmith.graphs.onnx_source import original_of_file
 
-        return original_of_file(Path(location["onnx"]), params, scratch=context.scratch)
+        return original_of_file(Path(location["onnx"]), params)
     if location.get("module"):
         from enginesmith.graphs.module_source import original_of_module
 

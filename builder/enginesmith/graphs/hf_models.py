@@ -69,7 +69,7 @@ def original_of_checkpoint(checkpoint: Path, params: Mapping[str, Any]) -> Origi
     )
 
 
-class EncoderGraph(nn.Module):
+class EncoderGraph(nn.Module):  # type: ignore[misc]  # torch is not followed.
     """An encoder with what the task makes of its output. ``forward`` takes the graph's inputs in order."""
 
     def __init__(self, model: Any, head: nn.Module, names: tuple[str, ...]) -> None:
@@ -98,7 +98,7 @@ class EncoderGraph(nn.Module):
         return (self.head(self.model(**arguments), mask),)
 
 
-class EmbeddingHead(nn.Module):
+class EmbeddingHead(nn.Module):  # type: ignore[misc]  # torch is not followed.
     """Pooling and normalization."""
 
     def __init__(self, head: Head) -> None:
@@ -112,7 +112,7 @@ class EmbeddingHead(nn.Module):
         return vectors if self.normalize is None else self.normalize(vectors)
 
 
-class ClassHead(nn.Module):
+class ClassHead(nn.Module):  # type: ignore[misc]  # torch is not followed.
     """Logits, or probabilities made of them."""
 
     def __init__(self, activation: nn.Module) -> None:

@@ -13,18 +13,18 @@ from typing import Any
 
 NAME_SCOPES = "pkg.torch.onnx.name_scopes"
 """The exporter's metadata of a node: a list literal, from the root module ('') to the traced operation."""
-CLASS_HIERARCHY = "pkg.torch.onnx.class_hierarchy"
-STACK_TRACE = "pkg.torch.onnx.stack_trace"
 WRAPPED = "model"
 """The attribute under which the export's own wrapper holds the user's model; names do not show it."""
 
+_NO_MODULE = "_empty_nn_module_stack"
+"""What torch writes for operations on the inputs' shapes, which belong to no module."""
 _WEIGHTED = ("MatMul", "Gemm", "Conv", "ConvTranspose", "Gather")
 
 
 def module_path(node: Any) -> str:
     """The module of the original model that an exported node comes from: dotted, '' for the root or where unknown."""
     scopes = _list_of(node, NAME_SCOPES)
-    if len(scopes) < 2:
+    if len(scopes) < 2 or scopes[-2].startswith(_NO_MODULE):
         return ""
     return scopes[-2].removeprefix(WRAPPED).removeprefix(".")
 

@@ -33,3 +33,10 @@ class Original:
     facts: Mapping[str, Any] = field(default_factory=dict)
     is_graph: bool = False
     """Whether ``exportable`` gives a graph already."""
+
+
+def axes_of(axes: Mapping[str, Mapping[str, Any]]) -> dict[str, AxisRange]:
+    """The ranges of a spec's ``axes``; the usual length is the longest where none is given."""
+    return {
+        name: AxisRange(axis["min"], axis["opt"] or axis["max"], axis["max"]) for name, axis in axes.items()
+    }

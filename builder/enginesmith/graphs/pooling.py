@@ -92,7 +92,7 @@ def _stored_mode(path: Path) -> PoolingMode:
     )
 
 
-class Pooling(nn.Module):
+class Pooling(nn.Module):  # type: ignore[misc]  # torch is not followed.
     """Token vectors float32 [batch, sequence, hidden] and their mask to [batch, hidden]."""
 
     def __init__(self, mode: PoolingMode) -> None:
@@ -114,9 +114,9 @@ class Pooling(nn.Module):
         return (hidden * last.unsqueeze(-1)).sum(1)
 
 
-class Normalize(nn.Module):
+class Normalize(nn.Module):  # type: ignore[misc]  # torch is not followed.
     """Vectors [batch, hidden] of length 1."""
 
     def forward(self, vectors: Any) -> Any:
         """A zero vector stays zero."""
-        return torch.nn.functional.normalize(vectors, p=2.0, dim=1, eps=_SMALLEST_NORM)
+        return vectors / torch.linalg.vector_norm(vectors, dim=1, keepdim=True).clamp(min=_SMALLEST_NORM)

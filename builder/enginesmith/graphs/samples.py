@@ -46,8 +46,8 @@ def run(context: StepContext) -> Mapping[str, Any]:
     params = context.params
     (context.out / BATCHES_DIRECTORY).mkdir()
     if params["task"] == "tensors":
-        batches = tensor_batches(params)
         facts: dict[str, Any] = {}
+        batches: Sequence[Batch] = tensor_batches(params)
     else:
         batches, facts = _text_batches(context)
     for number, batch in enumerate(batches):
@@ -57,7 +57,7 @@ def run(context: StepContext) -> Mapping[str, Any]:
 
 def read_batches(directory: Path) -> list[Batch]:
     """The batches of a ``sample`` artifact, in order."""
-    batches = []
+    batches: list[Batch] = []
     for path in sorted((directory / BATCHES_DIRECTORY).glob("*.npz")):
         with np.load(path, allow_pickle=False) as archive:
             batches.append({name: archive[name] for name in archive.files})
@@ -150,7 +150,7 @@ def _text_batches(context: StepContext) -> tuple[list[Batch], dict[str, Any]]:
     document = json.dumps({key: texts}, ensure_ascii=False, indent=1)
     (context.out / TEXTS_FILE).write_text(document + "\n", encoding="utf-8")
     size = params["batch_size"]
-    batches = [
+    batches: list[Batch] = [
         _padded(encoded[start : start + size], names, pad=pad) for start in range(0, len(encoded), size)
     ]
     lengths = [len(entry.ids) for entry in encoded]
