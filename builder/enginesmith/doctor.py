@@ -20,6 +20,8 @@ from typing import Literal
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from enginesmith.engines.tensorrt.library import EXTRA as TENSORRT_EXTRA
+from enginesmith.engines.tensorrt.library import LIBRARIES, same_version
 from enginesmith.engines.tensorrt_llm.toolchain import (
     COMPILER_VARIABLE,
     SeenGpu,
@@ -29,17 +31,21 @@ from enginesmith.engines.tensorrt_llm.toolchain import (
     visible_gpus,
 )
 from enginesmith.errors import ToolchainError
-from enginesmith.platforms import GPUS, TOOLCHAINS, Toolchain, toolchain_with
+from enginesmith.platforms import GPUS, TOOLCHAINS, TRITON_IMAGES, Toolchain, toolchain_with
 from enginesmith.triton.installation import cache_directory, find_server
 from enginesmith.triton.perf_analyzer import WHEEL_VARIABLE, PerfAnalyzer
 
 State = Literal["ok", "missing", "wrong"]
-Purpose = Literal["cpu", "engines", "llmapi", "multi_gpu", "containers", "measuring"]
+Purpose = Literal[
+    "cpu", "engines", "llmapi", "tensorrt", "tensorrt_rtx", "multi_gpu", "containers", "measuring"
+]
 
 PURPOSES: dict[Purpose, str] = {
     "cpu": "everything on a CPU: quantize, convert, rehearse, serve with ONNX Runtime",
     "engines": "building and serving TensorRT-LLM engines on this machine",
     "llmapi": "serving with TensorRT-LLM's LLM API on this machine",
+    "tensorrt": "building TensorRT plans of encoders and other graphs on this machine",
+    "tensorrt_rtx": "building TensorRT for RTX engines of them, ahead of time, with or without a GPU",
     "multi_gpu": "launching on several GPUs",
     "containers": "`make image`, and TensorRT-LLM engines in NVIDIA's container on this machine",
     "measuring": "benchmarks of served models",
@@ -86,6 +92,7 @@ def diagnose(store_root: Path) -> Diagnosis:
         _python(),
         _extra("build", "cpu"),
         _extra("serve", "cpu"),
+        _extra("tensorrt", "tensorrt_rtx"),
         _numpy(),
         _server(),
         _memory(),
@@ -95,6 +102,9 @@ def diagnose(store_root: Path) -> Diagnosis:
         _driver(gpus, installed),
         compiler,
         _llmapi_package(),
+        _polygraphy(),
+        _tensorrt(),
+        _tensorrt_rtx(),
         _mpirun(),
         _container_tool(),
     )
@@ -213,7 +223,7 @@ def _perf_analyzer() -> Finding:
 
 
 def _gpu(gpus: tuple[SeenGpu, ...]) -> Finding:
-    purposes: tuple[Purpose, ...] = ("engines", "llmapi")
+    purposes: tuple[Purpose, ...] = ("engines", "llmapi", "tensorrt")
     advice = "without one, everything but GPU engines works here; see `enginesmith rehearse`"
     if not gpus:
         return Finding("gpu", "missing", "nvidia-smi shows none", purposes, advice)
@@ -267,6 +277,37 @@ def _llmapi_package() -> Finding:
     return Finding(
         "tensorrt_llm", "wrong" if old else "ok", version, ("llmapi",), "use 1.2.0 or newer" if old else ""
     )
+
+
+def _polygraphy() -> Finding:
+    purposes: tuple[Purpose, ...] = ("tensorrt", "tensorrt_rtx")
+    try:
+        version = importlib.metadata.version("polygraphy")
+    except importlib.metadata.PackageNotFoundError:
+        return Finding("polygraphy", "missing", "not in this Python environment", purposes, TENSORRT_EXTRA)
+    return Finding("polygraphy", "ok", version, purposes)
+
+
+def _tensorrt() -> Finding:
+    """TensorRT's Python module, and which image it is of. A target decides by its toolchain which version it needs."""
+    version = LIBRARIES["tensorrt"].installed_version()
+    known = [row for row in TRITON_IMAGES.values() if row.tensorrt]
+    if version is None:
+        advice = (
+            f"{known[0].image} has TensorRT {known[0].tensorrt}; no package index without NVIDIA's has it"
+        )
+        return Finding("tensorrt", "missing", "not in this Python environment", ("tensorrt",), advice)
+    rows = [row.image for row in known if row.tensorrt and same_version(row.tensorrt, version)]
+    return Finding("tensorrt", "ok", f"{version}, that of {rows[0]}" if rows else version, ("tensorrt",))
+
+
+def _tensorrt_rtx() -> Finding:
+    version = LIBRARIES["tensorrt_rtx"].installed_version()
+    if version is None:
+        advice = f"{TENSORRT_EXTRA} (Linux on x86-64)"
+        seen = "not in this Python environment"
+        return Finding("tensorrt_rtx", "missing", seen, ("tensorrt_rtx",), advice)
+    return Finding("tensorrt_rtx", "ok", version, ("tensorrt_rtx",))
 
 
 def _mpirun() -> Finding:

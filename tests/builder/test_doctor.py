@@ -106,6 +106,18 @@ def test_compiler_of_a_version_without_engines_here_is_wrong(
     assert version in finding.seen
 
 
+def test_tensorrt_for_rtx_needs_no_gpu_and_tensorrt_says_which_image_has_it(
+    tmp_path: Path, programs: Path
+) -> None:
+    diagnosis = diagnose(tmp_path)
+    assert diagnosis.can("tensorrt_rtx")
+    assert not diagnosis.can("tensorrt")
+    seen = found(diagnosis)
+    assert (seen["tensorrt_rtx"].state, seen["polygraphy"].state) == ("ok", "ok")
+    assert seen["tensorrt"].state == "missing"
+    assert "tritonserver:26.07-py3 has TensorRT 11.1.0.106" in seen["tensorrt"].advice
+
+
 def test_broken_parts_are_wrong_and_not_missing(tmp_path: Path, programs: Path) -> None:
     script(programs / "trtllm-build", "echo no GPU driver >&2; exit 1")
     script(programs / "docker", "exit 1")
@@ -181,6 +193,8 @@ def test_json_says_the_same(tmp_path: Path, programs: Path) -> None:
         "cpu": True,
         "engines": False,
         "llmapi": False,
+        "tensorrt": False,
+        "tensorrt_rtx": True,
         "multi_gpu": False,
         "containers": False,
         "measuring": document["can"]["measuring"],
