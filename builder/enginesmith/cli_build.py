@@ -286,9 +286,18 @@ def schema(check: Path | None) -> None:
         )
 
 
-def build_and_publish(
-    store_root: Path, spec: Path, repository: Path, *, jobs: int, server: str
-) -> tuple[BuildReport, list[Publication]]:
+@dataclass(frozen=True)
+class Published:
+    """A spec that was built and published whole."""
+
+    plan: Plan
+    artifacts: Mapping[str, Artifact]
+    report: BuildReport
+    publications: Mapping[tuple[str, str | None], Publication]
+    """By variant and target."""
+
+
+def build_and_publish(store_root: Path, spec: Path, repository: Path, *, jobs: int, server: str) -> Published:
     """Build every variant of a spec and publish them all, shown on stderr as the verb ``build`` does.
 
     Raises:
@@ -303,7 +312,8 @@ def build_and_publish(
     publications = _publish(made, artifacts, repository, skip_incomplete=False)
     for publication in publications:
         click.echo(_publication_line(publication), err=True)
-    return build_report(made, artifacts), publications
+    by_place = dict(zip(made.deployments, publications, strict=True))
+    return Published(made, artifacts, build_report(made, artifacts), by_place)
 
 
 def build_shown(plans: Sequence[Plan], store: ArtifactStore, *, jobs: int, keep_going: bool) -> BuildResult:

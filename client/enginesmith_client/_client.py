@@ -278,6 +278,8 @@ class Client:
             return next(iter(result.outputs)), result
 
         batches = list(_texts.batches_of(columns, size=max(1, served.max_batch_size)))
+        if len(batches) == 1:
+            return [ask(batches[0])]
         with ThreadPoolExecutor(min(_CONCURRENT_REQUESTS, len(batches))) as pool:
             answers = [pool.submit(ask, batch) for batch in batches]
             try:
