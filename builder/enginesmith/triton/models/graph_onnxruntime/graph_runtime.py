@@ -8,44 +8,42 @@ from __future__ import annotations
 
 import json
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime as ort
 
 Array = npt.NDArray[Any]
 _MASK = "attention_mask"
 _ERRORS_ONLY = 3
+# Each falls back on the next for operators that it does not have.
+_PROVIDERS = {
+    "cpu": ("CPUExecutionProvider",),
+    "cuda": ("CUDAExecutionProvider", "CPUExecutionProvider"),
+    "tensorrt": ("TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"),
+}
 
 
 class GraphInputError(ValueError):
     """The arrays are not what the signature asks for."""
 
 
-class GraphRuntime:
-    """An engine ready to run. Safe to use from several threads."""
+class GraphRequests(ABC):
+    """Checks, joins and parts the requests of one signature; whoever executes the graph adds ``_run``."""
 
-    def __init__(self, directory: Path, threads: int = 0) -> None:
-        """``threads`` compute one operator together; 0: as many as this process may use cores."""
-        self.engine: Mapping[str, Any] = json.loads((directory / "engine.json").read_text(encoding="utf-8"))
-        self.signature: Mapping[str, Any] = json.loads(
-            (directory / "signature.json").read_text(encoding="utf-8")
-        )
-        self._inputs = {tensor["name"]: tensor for tensor in self.signature["inputs"]}
-        self._outputs = {tensor["name"]: tensor for tensor in self.signature["outputs"]}
-        self.threads = threads or len(os.sched_getaffinity(0))
-        self._session = _session(directory / "model.onnx", self.engine, self.threads)
-        for side, wanted, seen in (
-            ("inputs", self._inputs, self._session.get_inputs()),
-            ("outputs", self._outputs, self._session.get_outputs()),
-        ):
-            if sorted(names := [value.name for value in seen]) != sorted(wanted):
-                raise ValueError(
-                    f"{directory}: the {side} of model.onnx are {names}, of signature.json {list(wanted)}"
-                )
+    def __init__(self, directory: Path) -> None:
+        """``directory`` has ``signature.json``."""
+        signature = json.loads((directory / "signature.json").read_text(encoding="utf-8"))
+        self.signature: Mapping[str, Any] = signature
+        self._inputs = {tensor["name"]: tensor for tensor in signature["inputs"]}
+        self._outputs = {tensor["name"]: tensor for tensor in signature["outputs"]}
+
+    @abstractmethod
+    def _run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """The outputs of one batch that fits the signature."""
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """The outputs by name, [batch, ...], of one batch.
@@ -80,10 +78,6 @@ class GraphRuntime:
                 }
                 start = stop
         return answers
-
-    def _run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        names = list(self._outputs)
-        return dict(zip(names, self._session.run(names, dict(inputs)), strict=True))
 
     def _check(self, inputs: Mapping[str, Array]) -> None:
         if set(inputs) != set(self._inputs):
@@ -157,8 +151,45 @@ class GraphRuntime:
         ]
 
 
-def _session(path: Path, engine: Mapping[str, Any], threads: int) -> ort.InferenceSession:
-    """An ONNX Runtime session with the settings that ``engine.json`` asks for."""
+class GraphRuntime(GraphRequests):
+    """An engine of ONNX Runtime ready to run. Safe to use from several threads."""
+
+    def __init__(self, directory: Path, threads: int = 0) -> None:
+        """``threads`` compute one operator together; 0: as many as this process may use cores."""
+        super().__init__(directory)
+        self.engine: Mapping[str, Any] = json.loads((directory / "engine.json").read_text(encoding="utf-8"))
+        self.threads = threads or len(os.sched_getaffinity(0))
+        self._session = _session(directory / "model.onnx", self.engine, self.threads)
+        for side, wanted, seen in (
+            ("inputs", self._inputs, self._session.get_inputs()),
+            ("outputs", self._outputs, self._session.get_outputs()),
+        ):
+            if sorted(names := [value.name for value in seen]) != sorted(wanted):
+                raise ValueError(
+                    f"{directory}: the {side} of model.onnx are {names}, of signature.json {list(wanted)}"
+                )
+
+    def _run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        names = list(self._outputs)
+        return dict(zip(names, self._session.run(names, dict(inputs)), strict=True))
+
+
+def _session(path: Path, engine: Mapping[str, Any], threads: int) -> Any:
+    """An ONNX Runtime session with the settings that ``engine.json`` asks for.
+
+    Raises:
+        RuntimeError: the installed ONNX Runtime has no such execution provider; it would take another one silently.
+    """
+    import onnxruntime as ort
+
+    providers = _PROVIDERS[engine.get("provider", "cpu")]
+    if providers[0] not in ort.get_available_providers():
+        raise RuntimeError(
+            f"this engine needs {providers[0]}; the installed onnxruntime has {', '.join(ort.get_available_providers())}: "
+            "install onnxruntime-gpu"
+        )
+    chosen: list[tuple[str, dict[str, str]]] = [(name, {}) for name in providers]
+    chosen[0] = (providers[0], dict(engine.get("provider_options") or {}))
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = _ERRORS_ONLY
@@ -167,7 +198,7 @@ def _session(path: Path, engine: Mapping[str, Any], threads: int) -> ort.Inferen
     return ort.InferenceSession(
         str(path),
         options,
-        providers=["CPUExecutionProvider"],
+        providers=chosen,
         disabled_optimizers=engine.get("disabled_optimizers") or None,
     )
 
