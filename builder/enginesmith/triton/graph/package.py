@@ -29,10 +29,12 @@ from enginesmith.triton.placement import place_file, tree_files
 
 ENGINE_FILE = "engine.json"
 TOKENIZER_FILE, TEXT_FILE = "tokenizer.json", "text.json"
-_CODE: Mapping[str, tuple[str, ...]] = {
-    "onnxruntime": ("graph_onnxruntime",),
-    "tensorrt": ("graph_tensorrt_rtx",),
-    "tensorrt_rtx": ("graph_tensorrt_rtx",),
+# From each of these folders a model takes the files named; None: all.
+_RUNTIME_FILE = "graph_runtime.py"
+_CODE: Mapping[str, Mapping[str, tuple[str, ...] | None]] = {
+    "onnxruntime": {"graph_onnxruntime": None},
+    "tensorrt": {"graph_onnxruntime": (_RUNTIME_FILE,), "graph_tensorrt_rtx": None},
+    "tensorrt_rtx": {"graph_onnxruntime": (_RUNTIME_FILE,), "graph_tensorrt_rtx": None},
 }
 
 
@@ -106,8 +108,8 @@ def _write_engine(model: Path, deployment: Deployment, *, samples: Path) -> None
         (model / "warmup" / name).write_bytes(content)
     label_file = _write_labels(model, deployment.signature)
     if not deployment.is_native:
-        for folder in _CODE[runtime_of(deployment.target)]:
-            write_code(folder, version)
+        for folder, names in _CODE[runtime_of(deployment.target)].items():
+            write_code(folder, version, only=names)
     _write_config(model, engine_config(deployment, warmup=requests, label_file=label_file))
 
 
@@ -172,12 +174,12 @@ def _sentence_settings(checkpoint: Path) -> Mapping[str, Any]:
     return settings
 
 
-def write_code(folder_name: str, version: Path) -> None:
-    """The code that Triton's Python backend runs; it imports nothing of enginesmith."""
+def write_code(folder_name: str, version: Path, *, only: tuple[str, ...] | None = None) -> None:
+    """Put code that Triton's Python backend runs into ``version``; it imports nothing of enginesmith."""
     folder = importlib.resources.files("enginesmith.triton.models") / folder_name
     with importlib.resources.as_file(folder) as sources:
         for file in tree_files(sources):
-            if file.name != "__init__.py":
+            if file.name != "__init__.py" and (only is None or file.name in only):
                 (version / file.name).write_bytes(file.read_bytes())
 
 
