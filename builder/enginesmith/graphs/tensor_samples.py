@@ -79,7 +79,14 @@ def _random(
 
 def _read(path: Path) -> Arrays:
     try:
-        archive = np.load(path, allow_pickle=False)
+        with path.open("rb") as file:  # np.load would leave a file open that it cannot read.
+            archive = np.load(file, allow_pickle=False)
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise SourceError(
+                    f"{path} is a single array (.npy), not an .npz file with one array per input",
+                    hint="write it with numpy.savez(path, <input name>=array)",
+                )
+            return {name: _member(archive, name, path) for name in archive.files}
     except FileNotFoundError as error:
         raise SourceError(
             f"samples {path} do not exist", hint="the path starts at the spec's directory"
@@ -89,13 +96,6 @@ def _read(path: Path) -> Arrays:
             f"{path} is no .npz file that can be read: {error}",
             hint="write it with numpy.savez; pickled objects are not read",
         ) from error
-    if not isinstance(archive, np.lib.npyio.NpzFile):
-        raise SourceError(
-            f"{path} is a single array (.npy), not an .npz file with one array per input",
-            hint="write it with numpy.savez(path, <input name>=array)",
-        )
-    with archive:
-        return {name: _member(archive, name, path) for name in archive.files}
 
 
 def _member(archive: Any, name: str, path: Path) -> npt.NDArray[Any]:
