@@ -62,9 +62,9 @@ def _document(diagnosis: Diagnosis) -> dict[str, Any]:
 def _finding_lines(diagnosis: Diagnosis) -> list[str]:
     lines = []
     for finding in diagnosis.findings:
-        lines.append(f"{_mark(finding):<8} {finding.name:<20} {finding.seen}")
+        lines.append(f"{_mark(finding):<8} {finding.name:<22} {finding.seen}")
         if finding.state != "ok" and finding.advice:
-            lines.append(f"{'':<29} {finding.advice}")
+            lines.append(f"{'':<31} {finding.advice}")
     return lines
 
 
