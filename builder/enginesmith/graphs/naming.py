@@ -37,13 +37,10 @@ def name_nodes(graph: Any) -> None:
 
 
 def fill_missing_names(graph: Any) -> None:
-    """Name the nodes of a ``GraphProto`` that have no name, or one that another has, by operator and position."""
-    seen: set[str] = set()
-    kept = {node.name for node in graph.node if node.name}
+    """Name the nodes of a ``GraphProto`` that have no name by their operator, unique by a suffix."""
+    taken = {node.name for node in graph.node}
     for node in graph.node:
-        if not node.name or node.name in seen:
-            node.name = _unique(node.name or node.op_type, kept)
-        seen.add(node.name)
+        node.name = node.name or _unique(node.op_type, taken)
 
 
 def name_weights(graph: Any) -> None:

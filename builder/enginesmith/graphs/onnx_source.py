@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 import onnx
+import onnx.inliner
+import onnx.version_converter
 
 from enginesmith.errors import SourceError, SpecError
 from enginesmith.graph_spec import TensorDtype
