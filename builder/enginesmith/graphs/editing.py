@@ -114,6 +114,10 @@ class EditableGraph:
         stored = self._initializers[tensor]
         return TensorType(stored.data_type, tuple(stored.dims))
 
+    def constant_size(self, tensor: str) -> int:
+        """How many values the constant ``tensor`` has."""
+        return int(np.prod(self._initializers[tensor].dims, dtype=np.int64))
+
     def constant(self, tensor: str) -> Array:
         """The values of the constant ``tensor``."""
         array: Array = numpy_helper.to_array(self._initializers[tensor])

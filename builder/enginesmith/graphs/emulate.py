@@ -12,8 +12,21 @@ from onnx import TensorProto, helper, numpy_helper
 from enginesmith.graphs.editing import EditableGraph
 
 _EXACT = frozenset(
-    "Concat Expand Flatten Gather GatherElements GatherND Identity Max Min Neg Pad Reshape Slice Split Squeeze Tile "
-    "Transpose Unsqueeze Where".split()
+    (
+        *(
+            "Concat",
+            "Expand",
+            "Flatten",
+            "Gather",
+            "GatherElements",
+            "GatherND",
+            "Identity",
+            "Max",
+            "Min",
+            "Neg",
+        ),
+        *("Pad", "Reshape", "Slice", "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze", "Where"),
+    )
 )
 """What they make of BF16 values are BF16 values."""
 

@@ -20,7 +20,7 @@ from enginesmith.errors import GateError, SpecError
 from enginesmith.graphs.calibrate import ActivationReader, Progress, channel_maxima, ranges
 from enginesmith.graphs.editing import Array, EditableGraph
 from enginesmith.graphs.quantizable import Candidate, GraphRecipe, Selection, Unit, units
-from enginesmith.graphs.smoothing import SmoothingKind, smooth, smoothing_factors
+from enginesmith.graphs.smoothing import SmoothingKind, follows_norm, smooth, smoothing_factors
 
 DEAD = "its activation was 0 on every calibration sample: it has no range"
 
@@ -84,7 +84,7 @@ def calibrate(
     grouped = units(selection)
     tensors = [name for unit in grouped for name in unit.activations]
     reader = ActivationReader(graph, tensors, batches=batches, scratch=scratch)
-    smoothed = [unit for unit in grouped if unit.can_smooth] if recipe.smoothing is not None else []
+    smoothed = [unit for unit in grouped if recipe.smoothing is not None and follows_norm(graph, unit)]
     whole = frozenset(tensors) - {unit.activations[0] for unit in smoothed}
     maxima = channel_maxima(reader, progress, whole=whole)
     factors = {unit.name: _factors(graph, unit, maxima, recipe) for unit in smoothed}
@@ -137,7 +137,8 @@ def _quantize_unit(
     unit = entry.unit
     first = unit.members[0].name
     added: dict[str, list[onnx.NodeProto]] = {first: []}
-    tensors, kind = list(unit.activations), "none"
+    tensors = list(unit.activations)
+    kind: SmoothingKind = "none"
     if entry.factors is not None:
         smoothed = smooth(graph, unit, entry.factors)
         tensors, kind = [smoothed.tensor], smoothed.kind
@@ -160,7 +161,7 @@ def _quantize_unit(
             weight = writer.quantized_weight(member, entry.factors)
             own.append(weight)
             node.input[1] = weight.output[0]
-            scales = int(np.prod(graph.constant_type(weight.input[1]).shape or (1,)))
+            scales = graph.constant_size(weight.input[1])
         records.append(
             NodeRecord(
                 name=member.name,

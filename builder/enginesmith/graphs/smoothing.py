@@ -1,7 +1,8 @@
 """SmoothQuant (Xiao et al. 2022): part of the range of activations moved into the weights.
 
 Owns the factors and where their inverse goes: into the affine part of a norm before, where nothing else reads it, else
-into one multiplication.
+into one multiplication. As in the paper, what is smoothed is what a norm makes: there whole channels are large. (Of a
+GELU's output on all-MiniLM-L6-v2 it costs accuracy: mean cosine 0.990 instead of 0.994 at percentile 99.99.)
 """
 
 from __future__ import annotations
@@ -36,7 +37,31 @@ def smoothing_factors(activation_maxima: Array, weights: Sequence[Array], *, alp
     seen = np.maximum(seen, seen.max() * _FLOOR)
     largest = np.maximum(largest, largest.max() * _FLOOR)
     logs = alpha * np.log(seen) - (1 - alpha) * np.log(largest)
-    return np.exp(logs - logs.mean()).astype(np.float32)
+    factors: Array = np.exp(logs - logs.mean()).astype(np.float32)
+    return factors
+
+
+def follows_norm(graph: EditableGraph, unit: Unit) -> bool:
+    """Whether ``unit`` is of matrix products with weights that read a norm, as a whole or as its affine part."""
+    node = graph.producer(unit.activations[0])
+    # A norm that was exported in pieces ends in its scale and bias.
+    while node is not None and node.op_type in ("Add", "Mul"):
+        affine = [name for name in node.input if graph.is_constant(name)]
+        inner = [name for name in node.input if not graph.is_constant(name)]
+        if len(affine) != 1 or len(graph.constant_type(affine[0]).shape or ()) != 1:
+            return False
+        node = graph.producer(inner[0])
+    is_norm = node is not None and (
+        node.op_type.endswith("Normalization") or _divides_by_deviation(graph, node)
+    )
+    return unit.can_smooth and is_norm
+
+
+def _divides_by_deviation(graph: EditableGraph, node: onnx.NodeProto) -> bool:
+    if node.op_type != "Div" or len(node.input) != 2:
+        return False
+    divisor = graph.producer(node.input[1])
+    return divisor is not None and divisor.op_type == "Sqrt"
 
 
 @dataclass(frozen=True)

@@ -42,8 +42,23 @@ _SENSITIVE: Mapping[str, str] = {
     ),
 }
 _LIGHT = frozenset(
-    "Abs Add Cast Clip Div Expand Identity Max Min Mul Neg Reciprocal Reshape Sqrt Squeeze Sub Transpose "
-    "Unsqueeze Where".split()
+    (
+        *(
+            "Abs",
+            "Add",
+            "Cast",
+            "Clip",
+            "Div",
+            "Expand",
+            "Identity",
+            "Max",
+            "Min",
+            "Mul",
+            "Neg",
+            "Reciprocal",
+        ),
+        *("Reshape", "Sqrt", "Squeeze", "Sub", "Transpose", "Unsqueeze", "Where"),
+    )
 )
 """Cheap operators that stay in float32 between others that do, rather than casting twice."""
 _ANY_TYPE = frozenset(("Shape", "Size"))
@@ -304,7 +319,5 @@ class _Rewriter:
 
 
 def _weights(node: onnx.NodeProto, graph: EditableGraph) -> bool:
-    return any(
-        graph.is_constant(name) and np.prod(graph.constant_type(name).shape or (1,)) > 1
-        for name in node.input
-    )
+    """Whether the node reads a constant of more than one value."""
+    return any(graph.is_constant(name) and graph.constant_size(name) > 1 for name in node.input)
