@@ -29,6 +29,8 @@ from enginesmith.triton.placement import place_file, tree_files
 
 ENGINE_FILE = "engine.json"
 TOKENIZER_FILE, TEXT_FILE = "tokenizer.json", "text.json"
+# Session options that change no result, so an engine may be served without them.
+_SPEED_ONLY = ("session.intra_op.allow_spinning", "session.inter_op.allow_spinning")
 # From each of these folders a model takes the files named; None: all.
 _RUNTIME_FILE = "graph_runtime.py"
 _CODE: Mapping[str, Mapping[str, tuple[str, ...] | None]] = {
@@ -88,7 +90,8 @@ def _engine_document(engine: Path, deployment: Deployment) -> Mapping[str, Any]:
         document: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise StoreError(f"cannot read {path}: {error}", hint="build again") from error
-    special = [*document.get("session", {}), *(document.get("disabled_optimizers") or ())]
+    special = [key for key in document.get("session", {}) if key not in _SPEED_ONLY]
+    special += document.get("disabled_optimizers") or ()
     if deployment.is_native and special:
         raise SpecError(
             f"target {target.name}: the engine of {deployment.variant} was measured with {', '.join(special)}, which Triton's "

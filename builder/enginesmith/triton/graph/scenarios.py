@@ -6,8 +6,9 @@ others. Bad ones must be refused with a reason, and must hurt nobody: neither th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ def run_checks(ask: Asking, subject: Subject, *, warmup_rows: int) -> list[Check
     checks = [
         _check_warmup(ask, deployment, warmup_rows),
         _check_metadata(ask, deployment),
-        *_check_plain("plain", ask, subject),
+        _check_plain("plain", ask, subject),
         _check_rows(ask, subject),
         *_check_at_once(ask, subject),
         *_check_refused(ask, subject),
@@ -44,7 +45,7 @@ def run_checks(ask: Asking, subject: Subject, *, warmup_rows: int) -> list[Check
     ]
     if deployment.text:
         checks += [*_check_text(ask, subject), *_check_bad_text(ask, subject)]
-    return [*checks, *_check_plain("plain again, after the bad requests", ask, subject)]
+    return [*checks, _check_plain("plain again, after the bad requests", ask, subject)]
 
 
 def _check_warmup(ask: Asking, deployment: Deployment, warmup_rows: int) -> Check:
@@ -77,13 +78,12 @@ def _io(tensors: Sequence[GraphTensor]) -> list[tuple[str, str, tuple[int, ...]]
     ]
 
 
-def _check_plain(name: str, ask: Asking, subject: Subject) -> list[Check]:
-    return [
-        _compared(
-            name, _shown(request), ask(subject.deployment.name, request), subject, subject.answer(request)
-        )
+def _check_plain(name: str, ask: Asking, subject: Subject) -> Check:
+    model = subject.deployment.name
+    return _all_of(
+        _compared(name, _shown(request), ask(model, request), subject, subject.answer(request))
         for request in subject.requests
-    ]
+    )
 
 
 def _check_rows(ask: Asking, subject: Subject) -> Check:
@@ -112,18 +112,16 @@ def _at_once(
     right: Sequence[Mapping[str, Array]],
 ) -> list[Check]:
     deployment = subject.deployment
-    answers: dict[int, Check] = {}
+    checks: list[Check] = []
     sent, before = 0, ask.statistics(deployment.name)
     for _ in range(_WAVES):
         order = list(range(len(requests))) * _COPIES
         with ThreadPoolExecutor(_CONCURRENCY) as pool:
             seen = list(pool.map(lambda index: ask(model, requests[index]), order))
-        for index, answer in zip(order, seen, strict=True):
-            check = _compared(name, _shown(requests[index]), answer, subject, right[index])
-            if _turned_away(deployment, answer):
-                continue
-            if index not in answers or answers[index].passed:
-                answers[index] = check
+        checks += [
+            _compared(name, _shown(requests[index]), answer, subject, right[index])
+            for index, answer in zip(order, seen, strict=True)
+        ]
         sent += len(order)
         now = ask.statistics(deployment.name)
         ran, rows = now.executions - before.executions, now.rows - before.rows
@@ -136,7 +134,7 @@ def _at_once(
         f"{ran} executions of {rows} rows, largest batch {now.largest_batch}",
         ran < rows or not _may_form(deployment),
     )
-    return [*answers.values(), formed]
+    return [_all_of(checks), formed]
 
 
 def _may_form(deployment: Deployment) -> bool:
@@ -191,19 +189,16 @@ def _check_company_of_bad(ask: Asking, subject: Subject) -> list[Check]:
     requests = [bad, *good] * _COPIES
     with ThreadPoolExecutor(_CONCURRENCY) as pool:
         seen = list(pool.map(lambda request: ask(model, request), requests))
-    checks = []
+    refusals, answers = [], []
     for request, answer in zip(requests, seen, strict=True):
-        if _turned_away(subject.deployment, answer):
-            continue
-        if request is bad:
-            if not _refused_before(subject.deployment, answer):
-                checks.append(_refused("a token that is none", _shown(bad), answer, names=""))
-        else:
+        if request is not bad:
             right = subject.answer(request)
-            checks.append(
+            answers.append(
                 _compared("in the company of bad requests", _shown(request), answer, subject, right)
             )
-    return checks
+        elif not (_turned_away(subject.deployment, answer) or _refused_before(subject.deployment, answer)):
+            refusals.append(_refused("a token that is none", _shown(bad), answer, names=""))
+    return [_all_of(one) for one in (refusals, answers) if one]
 
 
 def _refused_before(deployment: Deployment, answer: Answer) -> bool:
@@ -247,8 +242,10 @@ def _check_text(ask: Asking, subject: Subject) -> list[Check]:
     right = [subject.answer(subject.text_inputs([text])) for text in texts]
     requests = [subject.text_request([text]) for text in texts]
     checks = [
-        _compared("text", repr(text)[:60], ask(model, request), subject, answer)
-        for text, request, answer in zip(texts, requests, right, strict=True)
+        _all_of(
+            _compared("text", repr(text)[:60], ask(model, request), subject, answer)
+            for text, request, answer in zip(texts, requests, right, strict=True)
+        )
     ]
     together = texts[: deployment.serving.max_batch_size]
     expected = subject.answer(subject.text_inputs(together))
@@ -259,12 +256,16 @@ def _check_text(ask: Asking, subject: Subject) -> list[Check]:
 
 
 def _check_tokens(ask: Asking, subject: Subject) -> Check:
-    """The shortest sample was not cut, so the served tokenizer must make the same tokens of its text."""
-    text, sampled = subject.texts[0], subject.requests[0]["input_ids"][0]
-    seen = ask(subject.deployment.tokenizer_name, subject.text_request([text]))
-    ids = seen.outputs.get("input_ids", np.zeros((1, 0), np.int64))[0]
-    passed = ids[: len(sampled)].tolist() == sampled.tolist()
-    return Check("tokens", repr(text)[:60], str(sampled.tolist()), str(ids.tolist()), passed)
+    """The samples were tokenized by another part of the build; what was not cut there must have the same tokens here."""
+    checks: list[Check] = []
+    for text, request in zip(subject.texts, subject.requests, strict=True):
+        sampled = request["input_ids"][0].tolist()
+        if not checks or (len(sampled) < subject.longest_sample and len(sampled) <= subject.text_limit):
+            seen = ask(subject.deployment.tokenizer_name, subject.text_request([text]))
+            ids = seen.outputs.get("input_ids", np.zeros((1, 0), np.int64))[0].tolist()
+            passed = ids[: len(sampled)] == sampled
+            checks.append(Check("tokens", repr(text)[:60], str(sampled), str(ids), passed))
+    return _all_of(checks)
 
 
 def _check_bad_text(ask: Asking, subject: Subject) -> list[Check]:
@@ -304,6 +305,15 @@ def _check_text_company(ask: Asking, subject: Subject) -> Check:
     wrong = [one for one in answers if subject.distance(one.outputs, right) > subject.tolerance]
     said = "; ".join(answer.shown() for answer in wrong) or f"{len(answers)} right answers"
     return Check("text in the company of bad ones", "good and bad texts", "right answers", said, not wrong)
+
+
+def _all_of(checks: Iterable[Check]) -> Check:
+    """Equal questions about several requests as one check, which shows the first that failed."""
+    every = list(checks)
+    failed = [check for check in every if not check.passed]
+    shown = (failed or every)[0]
+    counted = f"{len(failed)} of {len(every)} wrong" if failed else f"{len(every)} requests"
+    return replace(shown, asked=f"{shown.asked} ({counted})")
 
 
 def _compared(name: str, asked: str, seen: Answer, subject: Subject, right: Mapping[str, Array]) -> Check:

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from enginesmith.errors import StoreError
 from enginesmith.triton.graph.configs import TEXT, TEXT_PAIR, reads_pairs
 from enginesmith.triton.graph.deployment import Deployment
+from enginesmith.triton.graph.package import TEXT_FILE
 from enginesmith.triton.graph.warmup import read_batches
 from enginesmith.triton.models.graph_onnxruntime.graph_runtime import GraphRuntime
 
@@ -44,6 +45,8 @@ class Subject:
         chosen = _spread_by_size(rows)
         self.requests: tuple[Mapping[str, Array], ...] = tuple(rows[index] for index in chosen)
         """One row each, of different lengths where the samples have them."""
+        self.longest_sample = max(next(iter(row.values())).shape[-1] for row in rows)
+        """In tokens; samples of that length may have been cut."""
         self.texts: tuple[tuple[str, ...], ...] = ()
         """The text, or the two, of each of ``requests``; none where no text is served."""
         if deployment.text:
@@ -68,6 +71,12 @@ class Subject:
         text = GraphText(self.package / self.deployment.tokenizer_name / "1")
         pairs = [one[1] for one in texts] if text.pairs else None
         return text.inputs(text.encode([one[0] for one in texts], pairs))
+
+    @property
+    def text_limit(self) -> int:
+        """The longest text in tokens, as the package says."""
+        settings = self.package / self.deployment.tokenizer_name / "1" / TEXT_FILE
+        return int(json.loads(settings.read_text(encoding="utf-8"))["max_length"])
 
     def text_request(self, texts: Sequence[tuple[str | bytes, ...]]) -> dict[str, Array]:
         """``texts`` as the text model takes them, one row each."""
