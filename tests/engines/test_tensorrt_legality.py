@@ -13,7 +13,7 @@ from enginesmith.errors import SpecError
 from enginesmith.graph_legality import check_graph_targets
 from enginesmith.graph_spec import GraphSpec
 from enginesmith.graph_targets import RtxCapability
-from enginesmith.platforms import GPUS, TRITON_IMAGES, graph_schemes_on
+from enginesmith.platforms import GPUS, GRAPH_EXECUTIONS, TRITON_IMAGES, graph_schemes_on
 from enginesmith.schemes import GRAPH_SCHEMES
 from enginesmith.spec_file import parse_spec
 
@@ -133,6 +133,32 @@ def test_every_gpu_and_capability_that_can_be_named_has_a_row() -> None:
 def test_images_are_the_servers_and_newest_first() -> None:
     assert list(TRITON_IMAGES) == sorted(TRITON_IMAGES, reverse=True)
     assert TRITON_IMAGES["26.07"].image == "nvcr.io/nvidia/tritonserver:26.07-py3"
+
+
+def test_document_has_the_tables() -> None:
+    document = (MODELS.parent / "docs" / "tensorrt.md").read_text(encoding="utf-8")
+    rows = {
+        cells[0]: cells[1:]
+        for line in document.splitlines()
+        if (cells := [cell.strip() for cell in line.strip("|").split("|")])
+        and re.fullmatch(r"\d\d\.\d\d", cells[0])
+    }
+    assert rows == {
+        row.tag: [
+            value or "not known"
+            for value in (row.tensorrt, row.cuda, row.driver, row.python, row.onnxruntime)
+        ]
+        for row in TRITON_IMAGES.values()
+    }
+    schemes = [
+        line for line in document.splitlines() if line.startswith(("| TensorRT, SM", "| TensorRT for RTX, "))
+    ]
+    assert len(schemes) == len(GRAPH_EXECUTIONS)
+    for line, row in zip(schemes, GRAPH_EXECUTIONS, strict=True):
+        place, allowed = (cell.strip() for cell in line.strip("|").split("|"))
+        named = [int(number.replace(".", "")) for number in re.findall(r"\d+\.\d|(?<=SM)\d+", place)]
+        assert named == list(row.capabilities), line
+        assert allowed.split(" (")[0].split(", ") == list(row.schemes), line
 
 
 def test_shipped_spec_for_tensorrt_has_the_variants_of_the_cpu_spec() -> None:
