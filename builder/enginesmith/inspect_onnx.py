@@ -40,6 +40,7 @@ def inspect_onnx(path: Path) -> Inspection:
         SourceError: it is no ONNX model, damaged, or its weights are not beside it.
     """
     headers = read_onnx_headers(path)
+    _check_order(path, headers.model.graph)
     graph = _Graph(headers.model)
     external = _external_bytes(path, headers.model)
     products = graph.products()
@@ -130,7 +131,7 @@ class _Graph:
         ]
 
     def _product(self, node: Any) -> dict[str, Any]:
-        activations, weights = (node.input[index] for index in _PRODUCTS[node.op_type])
+        activations, weights = (_input(node, index) for index in _PRODUCTS[node.op_type])
         stored = self._stored(weights)
         types = [self._type_into(activations), self._type_into(weights)]
         if node.op_type == "MatMulNBits":
@@ -150,7 +151,7 @@ class _Graph:
             node = self._producers.get(name)
             if node is None or node.op_type not in _SEEN_THROUGH:
                 return None
-            name = node.input[0]
+            name = _input(node, 0)
         return name
 
     def _type_into(self, name: str) -> str:
@@ -161,14 +162,14 @@ class _Graph:
                 self.tensors[name]["dtype"] if name in self.tensors else "not said"
             )
         if node.op_type == "DequantizeLinear" or node.op_type in _MOVING:
-            return self._type_into(node.input[0])
+            return self._type_into(_input(node, 0))
         if node.op_type == "QuantizeLinear":
-            zero = node.input[2] if len(node.input) > 2 else ""
+            zero = _input(node, 2)
             return self.tensors[zero]["dtype"] if zero in self.tensors else "uint8"
         if node.op_type == "DynamicQuantizeLinear":
             return "uint8"
         if node.op_type == "Cast":
-            return _dtype_name(next(one.i for one in node.attribute if one.name == "to"))
+            return _dtype_name(next((one.i for one in node.attribute if one.name == "to"), 0))
         return self._dtypes.get(name, "not said")
 
     def _user_name(self, name: str) -> str:
@@ -191,6 +192,28 @@ def layer_of(node_name: str) -> str:
         if part.isdecimal():
             return ".".join(path[: index + 1])
     return ".".join(path[:2])
+
+
+def _check_order(path: Path, graph: Any) -> None:
+    """Return if every node uses only what is there before it, as ONNX demands; so nothing goes in circles.
+
+    Raises:
+        SourceError: one does not.
+    """
+    known = {"", *(tensor.name for tensor in graph.initializer), *(value.name for value in graph.input)}
+    known |= {tensor.values.name for tensor in graph.sparse_initializer}
+    for node in graph.node:
+        if missing := [name for name in node.input if name not in known]:
+            raise SourceError(
+                f"{path} is damaged: node {node.name!r} ({node.op_type}) uses {missing[0]!r}, which nothing before it makes",
+                hint="export or fetch it again",
+            )
+        known |= set(node.output)
+
+
+def _input(node: Any, index: int) -> str:
+    """The name of an input, or nothing where the node has none."""
+    return str(node.input[index]) if index < len(node.input) else ""
 
 
 def _tensor(tensor: Any) -> dict[str, Any]:
@@ -263,8 +286,13 @@ def _external_bytes(path: Path, model: Any) -> int:
     for tensor in model.graph.initializer:
         entries = {entry.key: entry.value for entry in tensor.external_data}
         if location := entries.get("location"):
-            end = int(entries.get("offset", 0)) + int(entries.get("length", 0))
-            ends[location] = max(ends.get(location, 0), end)
+            numbers = [entries.get(name, "0") for name in ("offset", "length")]
+            if not all(number.isdecimal() for number in numbers):
+                raise SourceError(
+                    f"{path} is damaged: tensor {tensor.name!r} lies at {numbers} in {location}",
+                    hint="export or fetch it again",
+                )
+            ends[location] = max(ends.get(location, 0), sum(map(int, numbers)))
     for location, end in ends.items():
         file = path.parent / location
         size = file.stat().st_size if file.is_file() else None

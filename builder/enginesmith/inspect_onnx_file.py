@@ -7,7 +7,7 @@ out what holds the values of initializers; the rest is parsed by the onnx packag
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ def read_onnx_headers(path: Path) -> OnnxHeaders:
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
                 stripped = _without_values(mapped, size)
         model = onnx.ModelProto.FromString(stripped)
+        _require_text(model)
     except OSError as error:
         raise SourceError(f"cannot read {path}: {error.strerror}") from error
     except (_WireError, DecodeError) as error:
@@ -70,6 +71,18 @@ class _Field:
     start: int
     content: int
     end: int
+
+
+def _require_text(message: Any) -> None:
+    """Return if every text in ``message`` is one: protobuf gives bytes for what is not UTF-8 in these old messages."""
+    for field, content in message.ListFields():
+        for value in (
+            content if isinstance(content, Iterable) and not isinstance(content, (str, bytes)) else (content,)
+        ):
+            if hasattr(value, "ListFields"):
+                _require_text(value)
+            elif field.type == field.TYPE_STRING and isinstance(value, bytes):
+                raise _WireError(f"{field.full_name} is not UTF-8: {value[:40]!r}")
 
 
 def _without_values(buffer: mmap.mmap, size: int) -> bytes:

@@ -66,12 +66,11 @@ def _facts_table(inspection: Inspection) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    # Text, because a string is markup to rich, and shapes in brackets would vanish.
-    title = Text(f"{inspection.kind}: {inspection.path}")
-    table = Table(title=title, title_justify="left", show_header=False)
+    table = Table(title=inspection.kind, title_justify="left", show_header=False)
     table.add_column()
     table.add_column(overflow="fold")
-    for name, value in inspection.facts.items():
+    # Text, because a string is markup to rich, and shapes in brackets would vanish.
+    for name, value in _lines({"path": str(inspection.path), **inspection.facts}):
         table.add_row(_heading(name), Text(shown(name, value)))
     return table
 
@@ -89,6 +88,15 @@ def _listing_table(listing: Listing) -> Table:
     if (more := len(listing.rows) - SHOWN_ROWS) > 0:
         table.caption = f"and {more} more; --json has all"
     return table
+
+
+def _lines(facts: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The facts, with what has structure inside spread over lines of its own."""
+    for name, value in facts.items():
+        if isinstance(value, Mapping) and any(isinstance(one, (Mapping, list)) for one in value.values()):
+            yield from ((f"{name}.{inner}", one) for inner, one in _lines(value))
+        else:
+            yield name, value
 
 
 def _heading(name: str) -> str:
