@@ -15,7 +15,16 @@ from pathlib import Path
 
 import click
 
-from enginesmith import __version__, cli_build, cli_demo, cli_doctor, cli_inspect, cli_rehearse, cli_serve
+from enginesmith import (
+    __version__,
+    cli_build,
+    cli_demo,
+    cli_doctor,
+    cli_inspect,
+    cli_rehearse,
+    cli_sensitivity,
+    cli_serve,
+)
 from enginesmith.errors import EnginesmithError
 
 
@@ -76,7 +85,7 @@ def commands(context: click.Context, store_root: Path) -> None:
     context.obj = store_root
 
 
-_MODULES = (cli_build, cli_rehearse, cli_serve, cli_demo, cli_doctor, cli_inspect)
+_MODULES = (cli_build, cli_rehearse, cli_serve, cli_demo, cli_doctor, cli_inspect, cli_sensitivity)
 for _verb in (verb for module in _MODULES for verb in module.VERBS):
     commands.add_command(_verb)
 
