@@ -21,7 +21,7 @@ from enginesmith.spec_file import load_spec
 from enginesmith.store import Artifact, ArtifactStore
 
 ROOT = Path(__file__).parents[2]
-VERBS = ("plan", "build", "publish", "serve", "ask", "gc", "schema", "demo")
+VERBS = ("plan", "build", "publish", "serve", "ask", "gc", "schema", "demo", "inspect")
 HEAVY = (
     "torch",
     "onnxruntime",
