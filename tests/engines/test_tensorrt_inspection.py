@@ -85,7 +85,8 @@ def test_coarsest_type_decides_the_tolerance() -> None:
     layers = [{"precision": ["FLOAT"]}, {"precision": ["HALF", "INT8"]}, {"precision": []}]
     assert coarsest_type(layers) == "int8"
     assert coarsest_type(layers[:1]) == "float32"
-    assert set(TOLERANCES) == {"float32", "float16", "bfloat16", "int8", "float8_e4m3fn"}
+    assert TOLERANCES["float32"] < TOLERANCES["float16"] < TOLERANCES["int8"]
+    assert coarsest_type([{"precision": ["BF16"]}]) == "bfloat16"
 
 
 @pytest.fixture

@@ -20,7 +20,6 @@ Batch = Mapping[str, npt.NDArray[Any]]
 TOLERANCES: Mapping[str, float] = {
     "float32": 1e-3,
     "float16": 1e-2,
-    "bfloat16": 5e-2,
     "int8": 5e-2,
     "float8_e4m3fn": 5e-2,
 }

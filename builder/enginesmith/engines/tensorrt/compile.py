@@ -111,24 +111,28 @@ def _compared(
     context: StepContext, *, parsed: ParsedNetwork, built: BuiltEngine, task: str, on_gpu: bool
 ) -> dict[str, Any]:
     """``compared``: the figures, or None and ``compared_reason``."""
+    from enginesmith.engines.tensorrt.comparison import TOLERANCES, coarsest_type, compare, load_batches
+
+    coarsest, batches = coarsest_type(parsed.layers), load_batches(context.inputs["samples"])
+    reason = None
     if not on_gpu:
         names = ", ".join(f"SM{capability}" for capability in context.params["compute_capabilities"])
-        return {"compared": None, "compared_reason": f"no GPU of {names} on the machine that built it"}
+        reason = f"no GPU of {names} on the machine that built it"
+    elif coarsest == "bfloat16":
+        reason = "ONNX Runtime has no bfloat16 products on a CPU"
+    elif not batches:
+        reason = "there are no samples"
+    if reason is not None:
+        return {"compared": None, "compared_reason": reason}
     from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
     from polygraphy.backend.trt import EngineFromBytes, TrtRunner
 
-    from enginesmith.engines.tensorrt.comparison import TOLERANCES, coarsest_type, compare, load_batches
-
     context.progress(None, "comparing with ONNX Runtime")
-    batches = load_batches(context.inputs["samples"])
-    if not batches:
-        return {"compared": None, "compared_reason": "there are no samples"}
-    model = str(context.inputs["graph"] / MODEL_FILE)
     figures = compare(
-        OnnxrtRunner(SessionFromOnnx(model, providers=["cpu"])),
+        OnnxrtRunner(SessionFromOnnx(str(context.inputs["graph"] / MODEL_FILE), providers=["cpu"])),
         TrtRunner(EngineFromBytes(built.plan)),
         batches,
         task=task,
-        tolerance=TOLERANCES[coarsest_type(parsed.layers)],
+        tolerance=TOLERANCES[coarsest],
     )
     return {"compared": figures, "compared_reason": None}
