@@ -12,6 +12,31 @@ from enginesmith.graph_targets import GraphOnnxRuntimeTarget, TensorRtRtxTarget,
 from enginesmith.platforms import GPUS, TRITON_IMAGES, graph_schemes_on
 from enginesmith.schemes import GRAPH_SCHEMES, GraphSchemeName
 
+ENCODERS = frozenset(
+    (
+        "albert",
+        "bert",
+        "camembert",
+        "convbert",
+        "deberta",
+        "deberta-v2",
+        "distilbert",
+        "electra",
+        "modernbert",
+        "mpnet",
+        "roberta",
+        "xlm-roberta",
+    )
+)
+"""Model types whose export was held against PyTorch; each sees the whole text at once."""
+_POSITIONS_AFTER_PADDING = frozenset(("camembert", "mpnet", "roberta", "xlm-roberta"))
+_TASK_ARCHITECTURES: Mapping[str, tuple[str, ...]] = {
+    "embedding": ("Model", "ForMaskedLM"),
+    "classification": ("ForSequenceClassification",),
+    "reranking": ("ForSequenceClassification",),
+}
+_USUAL_CLASSES = 2
+"""What transformers assumes where config.json says nothing."""
 _OF_EVERY_PROVIDER = ("device_id", "user_compute_stream")
 
 
@@ -130,9 +155,55 @@ def check_graph_legal(spec: GraphSpec, hf_config: Mapping[str, Any]) -> None:
     Raises:
         SpecError: the architecture does not do the task, or a length is beyond the model's.
     """
-    positions = hf_config.get("max_position_embeddings")
-    if isinstance(positions, int) and spec.serving.max_sequence_length > positions:
+    _check_architecture(spec, hf_config)
+    positions = _positions(hf_config)
+    if positions is not None and spec.serving.max_sequence_length > positions:
         raise SpecError(
             f"serving.max_sequence_length is {spec.serving.max_sequence_length}, but the model knows only {positions} positions",
             hint=f"set serving.max_sequence_length to {positions} or less",
         )
+
+
+def _check_architecture(spec: GraphSpec, hf_config: Mapping[str, Any]) -> None:
+    endings = _TASK_ARCHITECTURES.get(spec.task, ())
+    architecture = next(iter(hf_config.get("architectures") or ()), None)
+    kind = hf_config.get("model_type")
+    if not isinstance(architecture, str) or not architecture.endswith(endings):
+        allowed = " or ".join(f"*{ending}" for ending in endings)
+        raise SpecError(
+            f"task {spec.task} takes a checkpoint of architecture {allowed}, seen: {architecture}",
+            hint="see the checkpoint's config.json; text generation has a spec of its own (task generation)"
+            if isinstance(architecture, str) and architecture.endswith("ForCausalLM")
+            else "choose the task that the checkpoint was trained for",
+        )
+    if kind not in ENCODERS or hf_config.get("is_decoder"):
+        raise SpecError(
+            f"task {spec.task} takes an encoder, seen: {architecture} of model_type {kind}"
+            + (" with is_decoder: true" if hf_config.get("is_decoder") else "")
+            + f"; known: {', '.join(sorted(ENCODERS))}",
+            hint="export another model yourself, and give it as source.module or source.onnx",
+        )
+    if spec.task == "reranking" and (classes := _classes(hf_config)) != 1:
+        raise SpecError(
+            f"task reranking takes a model with one label, its score; {architecture} has {classes}",
+            hint="task classification serves all labels",
+        )
+
+
+def _classes(hf_config: Mapping[str, Any]) -> int:
+    labels = hf_config.get("id2label")
+    if isinstance(labels, Mapping):
+        return len(labels)
+    count = hf_config.get("num_labels")
+    return count if isinstance(count, int) else _USUAL_CLASSES
+
+
+def _positions(hf_config: Mapping[str, Any]) -> int | None:
+    """How many tokens a text may have. RoBERTa and its kin count positions from behind the padding token's id."""
+    positions = hf_config.get("max_position_embeddings")
+    if not isinstance(positions, int):
+        return None
+    pad = hf_config.get("pad_token_id")
+    if hf_config.get("model_type") in _POSITIONS_AFTER_PADDING:
+        return positions - (pad if isinstance(pad, int) else 1) - 1
+    return positions
