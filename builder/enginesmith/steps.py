@@ -131,6 +131,7 @@ _GRAPH_MODELS = tuple(
 )
 _GRAPH_REPOSITORY = (
     "enginesmith.triton.graph",
+    "enginesmith.triton.package",
     "enginesmith.triton.config",
     "enginesmith.triton.placement",
     "enginesmith.graphs.signature",
