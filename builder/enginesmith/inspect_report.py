@@ -100,6 +100,8 @@ def _lines(facts: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _heading(name: str) -> str:
+    if "." in name:
+        return name  # A key of a document, as the document spells it.
     return "size" if name == "bytes" else name.removesuffix("_bytes").replace("_", " ")
 
 
