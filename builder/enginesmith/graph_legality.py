@@ -22,9 +22,14 @@ ENCODERS = frozenset(
         "deberta-v2",
         "distilbert",
         "electra",
+        "megatron-bert",
         "modernbert",
         "mpnet",
+        "nomic_bert",
+        "nystromformer",
         "roberta",
+        "roformer",
+        "squeezebert",
         "xlm-roberta",
     )
 )
@@ -172,7 +177,7 @@ def _check_architecture(spec: GraphSpec, hf_config: Mapping[str, Any]) -> None:
         allowed = " or ".join(f"*{ending}" for ending in endings)
         raise SpecError(
             f"task {spec.task} takes a checkpoint of architecture {allowed}, seen: {architecture}",
-            hint="see the checkpoint's config.json; text generation has a spec of its own (task generation)"
+            hint="see the checkpoint's config.json; text generation has a spec of its own (task: text-generation)"
             if isinstance(architecture, str) and architecture.endswith("ForCausalLM")
             else "choose the task that the checkpoint was trained for",
         )

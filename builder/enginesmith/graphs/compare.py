@@ -20,8 +20,6 @@ from enginesmith.graphs.signature import GraphTensor
 
 TOLERANCE = 1e-3
 """Largest relative error of a right graph; wrong ones are off by far more. What may be served, the gate decides."""
-LONGEST_PROBE = 1024
-"""Attention needs memory with the square of the length."""
 
 
 @dataclass(frozen=True)
@@ -54,12 +52,14 @@ def probes_of(original: Original, base: Arrays) -> list[Probe]:
     for name, axis in original.axes.items():
         usual = [length for length in (axis.opt, axis.min, axis.max) if length != seen[name]]
         if usual:
-            others[name] = min(usual[0], LONGEST_PROBE)
+            others[name] = min(usual[0], original.longest_probe or usual[0])
     probes = [
         Probe(name, length, resized(original.inputs, base, seen | {name: length}))
         for name, length in others.items()
     ]
-    longest = {name: min(axis.max, LONGEST_PROBE) for name, axis in original.axes.items()}
+    longest = {
+        name: min(axis.max, original.longest_probe or axis.max) for name, axis in original.axes.items()
+    }
     every = resized(original.inputs, base, {"batch": 1} | longest)
     return [*probes, Probe(None, 1, every)]
 

@@ -21,13 +21,13 @@ from enginesmith.graphs.samples import pad_id_of, text_input_names
 from enginesmith.graphs.signature import AxisRange, GraphTensor
 from enginesmith.torch_models import third_party_warnings
 
-_FULL_ATTENTION = frozenset(
-    ("bert", "camembert", "distilbert", "electra", "mpnet", "roberta", "xlm-roberta", "xlm-roberta-xl")
-)
+_FULL_ATTENTION = frozenset(("bert", "camembert", "distilbert", "electra", "mpnet", "roberta", "xlm-roberta"))
 """Model types that add a float mask [batch, 1, 1, sequence] to their attention scores and have no other mask
 (transformers 5; ModernBERT slides a window, DeBERTa computes with the mask)."""
-_TOKEN_TYPES = frozenset(("bert", "electra", "camembert", "roberta", "xlm-roberta", "xlm-roberta-xl"))
+_TOKEN_TYPES = frozenset(("bert", "electra", "camembert", "roberta", "xlm-roberta"))
 """Model types that add ``token_type_embeddings(token_type_ids)`` to the words'; one row of zeros broadcasts."""
+_LONGEST_PROBE = 1024
+"""Attention needs memory with the square of the length; what is right up to here is right beyond."""
 _MASKED = -1e4
 """What is added to the score of padding: e^-10000 is 0 in every float format, and float16 can hold the number."""
 
@@ -65,6 +65,7 @@ def original_of_checkpoint(checkpoint: Path, params: Mapping[str, Any]) -> Origi
         what=f"{model.config.architectures[0]}",
         labels=_labels(model) if task == "classification" else (),
         pad_id=pad_id_of(checkpoint),
+        longest_probe=_LONGEST_PROBE,
         facts={**facts, "architecture": model.config.architectures[0], "model_type": model.config.model_type},
     )
 

@@ -31,6 +31,8 @@ class Original:
     labels: tuple[str, ...] = ()
     pad_id: int = 0
     facts: Mapping[str, Any] = field(default_factory=dict)
+    longest_probe: int | None = None
+    """The greatest length of an axis that is worth running; None: every one that the spec names."""
     is_graph: bool = False
     """Whether ``exportable`` gives a graph already."""
 

@@ -85,9 +85,9 @@ class _Encoded:
 
 
 class _Tokens:
-    """Texts to tokens, with the special tokens that the tokenizer adds, and never longer than ``length``."""
+    """Texts to tokens, with the special tokens that the tokenizer adds."""
 
-    def __init__(self, checkpoint: Path, *, length: int) -> None:
+    def __init__(self, checkpoint: Path) -> None:
         from tokenizers import Tokenizer
 
         path = checkpoint / "tokenizer.json"
@@ -99,7 +99,6 @@ class _Tokens:
             ) from error
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        self._length = length
 
     def fitting(self, words: Sequence[str], *, limit: int) -> str | None:
         """As many of the first ``words`` as fit into ``limit`` tokens, as one text; None if not even one does."""
@@ -142,7 +141,7 @@ def _text_batches(context: StepContext) -> tuple[list[Batch], dict[str, Any]]:
     params, checkpoint = context.params, context.inputs["checkpoint"]
     path = params["location"]["corpus_path"]
     documents = load_documents(params["corpus"], Path(path) if path else None)
-    tokens = _Tokens(checkpoint, length=params["length"])
+    tokens = _Tokens(checkpoint)
     texts = _draw_texts(documents, tokens, params)
     names, pad = text_input_names(checkpoint, params["task"]), pad_id_of(checkpoint)
     encoded = [tokens.encode(text) for text in texts]

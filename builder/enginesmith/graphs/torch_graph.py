@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
+import traceback
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -103,36 +104,46 @@ def _translated(program: Any, original: Original) -> Any:
             program, (), dynamo=True, opset_version=OPSET, optimize=True, verbose=False
         ).model_proto
     except torch.onnx.OnnxExporterError as error:
-        raise _translation_failure(error, program, original) from error
+        raise _translation_failure(error, original) from error
 
 
-def _translation_failure(error: BaseException, program: Any, original: Original) -> SourceError:
+def _translation_failure(error: BaseException, original: Original) -> SourceError:
     text = "\n".join(str(cause) for cause in _causes(error))
     operator, node = _FAILED_OPERATOR.search(text), _FAILED_NODE.search(text)
     if operator is None:
         return SourceError(f"{original.what} cannot be translated to ONNX: {_first_lines(text, count=3)}")
     name = f"{operator[1]}.{operator[2]}"
-    place = _place_of(program, node[1] if node else "", operator[1])
+    place = _place_of(error, node[1] if node else "")
     return SourceError(
         f"operator {name} of {original.what} has no form in standard ONNX (opset {OPSET}); it comes from {place}",
         hint="write that part of the model with other operators",
     )
 
 
-def _place_of(program: Any, node_name: str, operator: str) -> str:
-    """Module path and source line of the traced operation."""
-    plain = operator.rpartition(".")[2]
-    nodes = [node for node in program.graph.nodes if node.op == "call_function"]
-    for node in [node for node in nodes if node.name == node_name] + [
-        node for node in nodes if plain in str(node.target) or plain.split("_")[0] in str(node.target)
-    ]:
-        stack = node.meta.get("nn_module_stack") or {}
-        paths = [path for path, _ in stack.values()]
-        kinds = [getattr(kind, "__name__", str(kind).rpartition(".")[2]) for _, kind in stack.values()]
-        path = (paths[-1] if paths else "").removeprefix(WRAPPED).removeprefix(".")
-        module = f"module {path!r} ({kinds[-1]})" if path and kinds else "the model's own forward"
-        return f"{module}, {_source_line(node.meta.get('stack_trace') or '')}".removesuffix(", ")
-    return "an unknown place"
+def _place_of(error: BaseException, node_name: str) -> str:
+    """Module path and source line of the traced operation that could not be translated."""
+    node = _node_in_flight(error, node_name)
+    if node is None:
+        return "an unknown place"
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [path for path, _ in stack.values()]
+    kinds = [getattr(kind, "__name__", str(kind).rpartition(".")[2]) for _, kind in stack.values()]
+    path = (paths[-1] if paths else "").removeprefix(WRAPPED).removeprefix(".")
+    module = f"module {path!r} ({kinds[-1]})" if path and kinds else "the model's own forward"
+    return f"{module}, {_source_line(node.meta.get('stack_trace') or '')}".removesuffix(", ")
+
+
+def _node_in_flight(error: BaseException, name: str) -> Any:
+    """The node that the exporter was translating when it raised: it tells its name, but nothing of its origin.
+
+    The node is of a graph that the exporter has decomposed for itself, so only its own frames still have it.
+    """
+    for cause in _causes(error):
+        for frame, _ in traceback.walk_tb(cause.__traceback__):
+            for value in frame.f_locals.values():
+                if isinstance(value, torch.fx.Node) and value.name == name:
+                    return value
+    return None
 
 
 def _source_line(trace: str) -> str:
