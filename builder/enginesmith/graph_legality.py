@@ -33,7 +33,7 @@ ENCODERS = frozenset(
         "xlm-roberta",
     )
 )
-"""Model types whose export was held against PyTorch; each sees the whole text at once."""
+"""Model types whose export was held against PyTorch (texts of up to 64 tokens, padded and not)."""
 _POSITIONS_AFTER_PADDING = frozenset(("camembert", "mpnet", "roberta", "xlm-roberta"))
 _TASK_ARCHITECTURES: Mapping[str, tuple[str, ...]] = {
     "embedding": ("Model", "ForMaskedLM"),
