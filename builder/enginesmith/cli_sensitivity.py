@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from enginesmith.cli_options import JSON_OPTION, SPEC_ARGUMENT, VARIANTS_OPTION, print_json
-from enginesmith.errors import SpecError, StoreError
+from enginesmith.errors import GateError, StoreError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -50,7 +50,7 @@ def sensitivity(store_root: Path, spec: Path, variants: tuple[str, ...], *, as_j
             print_tables([_table(entry)])
             click.echo(_proposal(entry))
     if unmet := [entry for entry in found if not entry["met"]]:
-        raise SpecError(
+        raise GateError(
             f"variant {unmet[0]['variant']}: {unmet[0]['verdict']}",
             hint="change method, smoothing or calibration of the variant, or loosen its quality",
         )

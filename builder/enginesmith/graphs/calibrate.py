@@ -81,9 +81,9 @@ class ActivationReader:
         """
         for index, batch in enumerate(self._batches):
             progress(index / len(self._batches), note)
-            values = dict(batch) | dict(
-                zip(self._computed, self._session.run(self._computed, dict(batch)), strict=True)
-            )
+            # Asked for no output by name, ONNX Runtime would return them all.
+            computed = self._session.run(self._computed, dict(batch)) if self._computed else []
+            values = dict(batch) | dict(zip(self._computed, computed, strict=True))
             for name in self._tensors:
                 seen = without_padding(values[name], self._types.get(name), mask=batch.get(_MASK))
                 if not np.isfinite(seen).all():

@@ -126,6 +126,8 @@ def with_qdq(
         for name, nodes in added.items():
             before.setdefault(name, []).extend(nodes)
         records.extend(made)
+    if recipe.scheme == "fp8":
+        _write_relus_as_max(graph)
     graph.set_nodes([new for node in graph.nodes for new in (*before.get(node.name, ()), node)])
     return copy, tuple(records)
 
@@ -174,6 +176,19 @@ def _quantize_unit(
             )
         )
     return added, records
+
+
+def _write_relus_as_max(graph: EditableGraph) -> None:
+    """ONNX Runtime (seen with 1.32) drops a Relu before a QuantizeLinear to FP8, as if its codes had no sign.
+
+    The same mistake with 16-bit integers was https://github.com/microsoft/onnxruntime/pull/20187; this can go when
+    ``ReluQuantFusion`` leaves FP8 alone.
+    """
+    relus = [node for node in graph.nodes if node.op_type == "Relu" and node.domain in ("", "ai.onnx")]
+    zero = graph.add_constant("relu_zero", np.zeros((), np.float32)) if relus else ""
+    for node in relus:
+        node.op_type = "Max"
+        node.input.append(zero)
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,12 @@ from typing import Any
 
 import onnx
 
-from enginesmith.errors import SpecError
+from enginesmith.errors import GateError, SpecError
 from enginesmith.graphs.calibrate import load_batches
-from enginesmith.graphs.editing import load_model, save_model
+from enginesmith.graphs.editing import EditableGraph, load_model, save_model
 from enginesmith.graphs.qdq import NodeRecord, calibrate, with_qdq
 from enginesmith.graphs.quantizable import GraphRecipe, select
-from enginesmith.graphs.signature import Signature, read_signature
+from enginesmith.graphs.signature import MODEL_FILE, Signature, read_signature
 from enginesmith.graphs.typed import convert
 from enginesmith.steps import StepContext
 
@@ -33,9 +33,9 @@ def run(context: StepContext) -> Mapping[str, Any]:
     """Write the quantized graph; facts: nodes quantized and not, bytes before and after.
 
     Raises:
-        SpecError: an exclude matches nothing, nothing is left to quantize, or no proposed exclusion meets the limits.
+        SpecError: an exclude matches nothing, or nothing is left to quantize.
         SourceError: the samples do not fit the graph, or a constant does not fit the type.
-        GateError: NaN or Inf in weights or activations.
+        GateError: NaN or Inf in weights or activations, or no exclusion meets the limits (exclude: auto).
         ToolchainError: ModelOpt is missing and the method needs it.
     """
     source = context.inputs["graph"]
@@ -69,14 +69,14 @@ def excluded_patterns(context: StepContext) -> tuple[str, ...]:
     """The patterns of ``exclude``, or the set that the ``sensitivity`` step proposes.
 
     Raises:
-        SpecError: it could propose none.
+        GateError: no set that it tried keeps the limits.
     """
     exclude = context.params["exclude"]
     if exclude != "auto":
         return tuple(exclude)
     document = json.loads((context.inputs["sensitivity"] / SENSITIVITY_FILE).read_text(encoding="utf-8"))
     if not document["met"]:
-        raise SpecError(
+        raise GateError(
             f"exclude: auto found no set of nodes with which the limits hold: {document['verdict']}",
             hint="loosen verify.quality, or change method, smoothing or calibration of the variant",
         )
@@ -91,8 +91,6 @@ def glob_of(name: str) -> str:
 def _quantized(
     context: StepContext, model: onnx.ModelProto, signature: Signature, recipe: GraphRecipe
 ) -> tuple[onnx.ModelProto, dict[str, Any]]:
-    from enginesmith.graphs.editing import EditableGraph
-
     selection = select(EditableGraph(model), recipe)
     names = [tensor.name for tensor in signature.inputs]
     calibration = calibrate(
@@ -133,8 +131,9 @@ def _write(
     exclude: Sequence[str],
 ) -> Mapping[str, Any]:
     nodes = document["nodes"]
-    onnx.checker.check_model(made) if made.ByteSize() < 1 << 31 else None
     written = save_model(made, context.out)
+    # By path: what is in memory may be too large for the checker.
+    onnx.checker.check_model(str(Path(context.out) / MODEL_FILE))
     signature.write(context.out)
     totals = {
         "quantized_nodes": sum(node["quantized"] for node in nodes),
