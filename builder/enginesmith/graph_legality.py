@@ -22,6 +22,7 @@ ENCODERS = frozenset(
         "deberta-v2",
         "distilbert",
         "electra",
+        "ernie",
         "megatron-bert",
         "modernbert",
         "mpnet",
