@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SPECS ?= models/smollm2-135m.yaml
+SPECS ?= models/smollm2-135m.yaml models/minilm-l6.yaml
 REPOSITORY ?= model_repository
 TOOLCHAIN ?= 26.07
 CONTAINER ?= docker

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("spec", type=click.Path(path_type=Path))
+@click.argument("specs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="SPEC...")
 @click.option(
     "--repository",
     type=click.Path(path_type=Path),
@@ -36,26 +36,32 @@ if TYPE_CHECKING:
 @SERVER_OPTION
 @JSON_OPTION
 @click.pass_obj
-def demo(store_root: Path, spec: Path, repository: Path, *, jobs: int, server: str, as_json: bool) -> None:
-    """Take SPEC from its checkpoint to a running tritonserver, ask every variant, compare them, and stop.
+def demo(
+    store_root: Path, specs: tuple[Path, ...], repository: Path, *, jobs: int, server: str, as_json: bool
+) -> None:
+    """Take each SPEC from its checkpoint to a running tritonserver, ask every variant, compare them, and stop.
 
     \b
     Examples:
       enginesmith demo models/smollm2-135m.yaml
-      enginesmith demo models/minilm-l6.yaml
+      enginesmith demo models/smollm2-135m.yaml models/minilm-l6.yaml
       enginesmith demo models/smollm2-135m.yaml --repository /tmp/models --json > demo.json
     """
     from enginesmith.cli_build import build_and_publish
     from enginesmith.report_llm import LlmReport
 
-    published = build_and_publish(store_root, spec, repository, jobs=jobs, server=server)
-    demonstrate = _demonstrate_llm if isinstance(published.report, LlmReport) else _demonstrate_graph
-    demonstrate(published, repository, server=server, as_json=as_json)
-    if not as_json:
+    documents = []
+    for spec in specs:
+        published = build_and_publish(store_root, spec, repository, jobs=jobs, server=server)
+        demonstrate = _demonstrate_llm if isinstance(published.report, LlmReport) else _demonstrate_graph
+        documents.append(demonstrate(published, repository, server=server, quiet=as_json))
+    if as_json:
+        print_json({"demonstrations": documents})
+    else:
         click.echo(f"Published in {repository}. Next: enginesmith serve {repository}", err=True)
 
 
-def _demonstrate_llm(published: Published, repository: Path, *, server: str, as_json: bool) -> None:
+def _demonstrate_llm(published: Published, repository: Path, *, server: str, quiet: bool) -> dict[str, Any]:
     from enginesmith.cli_build import print_tables
     from enginesmith.demo import QUESTION, comparison_table, measure_served
     from enginesmith.report_llm import LlmReport
@@ -65,17 +71,18 @@ def _demonstrate_llm(published: Published, repository: Path, *, server: str, as_
     models = [publication.model for publication in published.publications.values()]
     with _served(repository, models, server=server) as (client, on_progress):
         served = list(measure_served(client, models, on_progress=on_progress))
-    if as_json:
-        print_json(_document(report, served))
-        return
+    document = _document(report, served)
+    if quiet:
+        return document
     click.echo(f"\nQuestion: {QUESTION}")
     for one in served:
         click.echo(f"\n{one.model}:\n  " + one.answer.strip().replace("\n", "\n  "))
     click.echo()
     print_tables([report.as_table(), comparison_table(report.variants, served)])
+    return document
 
 
-def _demonstrate_graph(published: Published, repository: Path, *, server: str, as_json: bool) -> None:
+def _demonstrate_graph(published: Published, repository: Path, *, server: str, quiet: bool) -> dict[str, Any]:
     from enginesmith.cli_build import print_tables
     from enginesmith.demo_graph import comparison_table, measure_served
     from enginesmith.graph_spec import GraphSpec
@@ -89,15 +96,16 @@ def _demonstrate_graph(published: Published, repository: Path, *, server: str, a
     rows = [] if spec.with_text_ensemble else _sample_rows(published)
     with _served(repository, list(models), server=server) as (client, on_progress):
         served = list(measure_served(client, models, task=spec.task, rows=rows, on_progress=on_progress))
-    if as_json:
-        print_json(_document(report, served))
-        return
+    document = _document(report, served)
+    if quiet:
+        return document
     for one in served:
         click.echo(f"\n{one.model}:\n  " + "\n  ".join(one.shown or ("(takes no text)",)))
     click.echo()
     reports = {variant.variant: variant for variant in report.variants}
     table = comparison_table([reports[variant] for variant, _ in engines], served)
     print_tables([report.as_table(), table])
+    return document
 
 
 def _on_this_cpu(published: Published, spec: GraphSpec) -> dict[tuple[str, str | None], str]:
