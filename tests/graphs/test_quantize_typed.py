@@ -54,8 +54,8 @@ def test_an_encoder_computes_in_16_bits_between_its_borders(
     for entry in model.graph.node:
         if entry.op_type in ("MatMul", "LayerNormalization", "Softmax", "Gelu"):
             assert types[entry.output[0]].dtype == narrow, entry.name
-    inside = [entry.name for entry in model.graph.node if entry.op_type == "Cast" and "layer" in entry.name]
-    assert inside == []
+    # At the end of the encoder and around what pools in float32, nowhere inside a layer.
+    assert operators(model).count("Cast") - operators(source).count("Cast") <= 3
     batches = [dict(np.load(path)) for path in sorted((bert.samples / "batches").glob("*.npz"))]
     for wanted, seen in zip(outputs_of(bert.export, batches), outputs_of(engine, batches), strict=True):
         assert np.isfinite(seen).all()
@@ -77,7 +77,7 @@ def test_sums_stay_in_float32_with_what_lies_between_them() -> None:
     nodes = [
         node("MatMul", ["x", "w"], "rows"),
         node("Mul", ["rows", "scale"], "scaled"),
-        node("ReduceSum", ["scaled", "axes"], "total", keepdims=1),
+        node("ReduceL1", ["scaled", "axes"], "total", keepdims=1),
         node("Clip", ["total", "least"], "bounded"),
         node("Div", ["total", "bounded"], "y"),
     ]
@@ -85,7 +85,7 @@ def test_sums_stay_in_float32_with_what_lies_between_them() -> None:
     model = graph_of(nodes, constants, inputs={"x": ["b", 16]}, outputs={"y": ["b", 1]})
     made, document = convert(model, scheme="fp16", exclude=())
     kept = {name for name, reason in records(document).items() if reason}
-    assert kept == {"scaled/Mul", "total/ReduceSum", "bounded/Clip", "y/Div"}
+    assert kept == {"scaled/Mul", "total/ReduceL1", "bounded/Clip", "y/Div"}
     assert document["constants"] == []
     batch = [{"x": random(3, 16)}]
     np.testing.assert_allclose(outputs_of(made, batch)[0], 1, rtol=1e-6)
@@ -191,5 +191,6 @@ def test_control_flow_is_refused_by_name() -> None:
 def test_a_tensor_of_unknown_type_is_refused() -> None:
     model = perceptron()
     model.graph.node[1].domain = "our.ops"
+    model.opset_import.append(helper.make_opsetid("our.ops", 1))
     with pytest.raises(SourceError, match=r"the type of first, made by first/MatMul"):
         convert(model, scheme="fp16", exclude=())

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from encoder_factory import Context
+from encoder_factory import Context, tiny_encoder
 from hypothesis import given
 from hypothesis import strategies as st
 from small_graphs import PARAMS, constants_of, graph_of, node, random, write_export, write_samples
 
+from enginesmith import cli
 from enginesmith.errors import GateError
 from enginesmith.graphs import quantize, sensitivity
 from enginesmith.graphs.editing import load_model
@@ -119,6 +120,38 @@ def run_without_third(root: Path) -> dict[str, Any]:
     sensitivity.run(Context(params, inputs, root / "out", root / "scratch"))
     document: dict[str, Any] = json.loads((root / "out" / "sensitivity.json").read_text())
     return document
+
+
+_SPEC = """
+name: tiny
+task: embedding
+source: {path: checkpoint}
+calibration: {samples: 8, length: 16}
+verify: {samples: {samples: 8, length: 16, seed: 1}, quality: {min_mean_cosine: 0.9}}
+serving: {max_sequence_length: 48}
+variants:
+  int8: {scheme: int8, method: max}
+  strict: {scheme: int8, method: max, quality: {max_relative_error: 0}}
+"""
+
+
+@pytest.mark.model
+def test_the_verb_prints_the_ranking_and_fails_where_nothing_is_met(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_encoder(tmp_path / "checkpoint", layers=1)
+    spec = tmp_path / "tiny.yaml"
+    spec.write_text(_SPEC)
+    command = ["--store", str(tmp_path / "store"), "sensitivity", str(spec), "--variant"]
+    assert cli.run([*command, "int8", "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert (found["variant"], found["met"]) == ("int8", True)
+    groups = [entry["nodes"] for entry in found["ranking"]]
+    assert sorted(map(len, groups)) == [1, 1, 1, 3]
+    assert cli.run([*command, "int8"]) == 0
+    assert "the limits hold with nothing excluded" in capsys.readouterr().out
+    assert cli.run([*command, "strict"]) == 1
+    assert "no set meets the limits" in capsys.readouterr().err
 
 
 @given(
