@@ -393,8 +393,8 @@ def refuse_collisions(plans: Sequence[Plan]) -> None:
             if name in owners:
                 raise SpecError(
                     f"{owners[name]} and {owner} would both be published as the Triton model {name}",
-                    hint="give the target model_prefix: '{variant}-', or publish one deployment into each repository "
-                    "with --variant and --target",
+                    hint="publish one deployment into each repository with --variant and --target; a TensorRT-LLM target can "
+                    "have names of its own with model_prefix: '{variant}-'",
                 )
             owners[name] = owner
 

@@ -55,6 +55,8 @@ def check_graph_targets(spec: GraphSpec) -> None:
     for target in spec.targets:
         if isinstance(target, GraphOnnxRuntimeTarget):
             _check_provider_options(target)
+            for name in spec.variants if target.variants is None else target.variants:
+                _check_native_scheme(target, name, spec.variants[name].scheme)
             continue
         if isinstance(target, TensorRtTarget):
             _check_toolchain(target)
@@ -77,6 +79,21 @@ def _check_provider_options(target: GraphOnnxRuntimeTarget) -> None:
         raise SpecError(
             f"target {target.name}: provider_options {wrong[0]} is no option of provider {target.provider}",
             hint=f"options of TensorRT's provider begin with trt_, those of the CUDA provider do not; or provider: {other}",
+        )
+
+
+def _check_native_scheme(target: GraphOnnxRuntimeTarget, variant: str, scheme: GraphSchemeName) -> None:
+    """Triton's own backend cannot set the session options with which a CPU's INT8 and FP8 engines were measured."""
+    if target.provider == "cpu" and target.backend == "onnxruntime" and scheme in ("int8", "fp8"):
+        raise SpecError(
+            f"target {target.name}: Triton's ONNX Runtime backend cannot run scheme {scheme} (variant {variant}) on a CPU as it "
+            "was measured: it sets no session options",
+            hint="backend: python runs it; or leave the variant out with `variants` in the target",
+        )
+    if target.provider == "tensorrt" and scheme == "fp8":
+        raise SpecError(
+            f"target {target.name}: ONNX Runtime's TensorRT provider has no precision for scheme fp8 (variant {variant})",
+            hint="runtime: tensorrt builds it; or leave the variant out with `variants` in the target",
         )
 
 

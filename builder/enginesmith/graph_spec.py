@@ -239,6 +239,16 @@ class GraphServing(Part):
     warmup: bool = Field(default=True, description="Run real samples before the model is ready.")
 
     @model_validator(mode="after")
+    def _batches_can_be_formed(self) -> GraphServing:
+        batching = self.dynamic_batching
+        for size in batching.preferred_batch_sizes if batching else ():
+            if not 1 <= size <= self.max_batch_size:
+                raise ValueError(
+                    f"dynamic_batching.preferred_batch_sizes has {size}; allowed: 1 to max_batch_size {self.max_batch_size}"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _padding_fits(self) -> GraphServing:
         if list(self.pad_to) != sorted(set(self.pad_to)):
             raise ValueError(f"pad_to {list(self.pad_to)} must be increasing lengths")

@@ -137,43 +137,53 @@ _GRAPH_REPOSITORY = (
     "enginesmith.graphs.signature",
 )
 
+
+def _graph_modules(*names: str) -> tuple[str, ...]:
+    return tuple(f"enginesmith.graphs.{name}" for name in names)
+
+
+_SAMPLING = (
+    *_graph_modules("samples", "tensor_samples", "onnx_source", "original", "compare", "naming", "signature"),
+    "enginesmith.corpora",
+)
+_QUANTIZING = _graph_modules(
+    "quantize", "calibrate", "smoothing", "qdq", "quantizable", "typed", "editing", "signature"
+)
+_QUANTIZING_TOOLS = ("onnx", "onnxruntime", "numpy", "nvidia-modelopt", "torch", "ml-dtypes")
+
 _GRAPH_KINDS = (
     StepKind(
         "sample",
         "enginesmith.graphs.samples:run",
         ("numpy", "tokenizers", "datasets", "onnx"),
-        (
-            "enginesmith.graphs.samples",
-            "enginesmith.graphs.tensor_samples",
-            "enginesmith.graphs.onnx_source",
-            "enginesmith.corpora",
-        ),
+        _SAMPLING,
         unkeyed_params=("location",),
     ),
     StepKind(
         "export",
         "enginesmith.graphs.export:run",
         ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "numpy", "safetensors"),
-        ("enginesmith.graphs", "enginesmith.torch_models", "enginesmith.checkpoints.tokenizer"),
+        (
+            *_graph_modules("export", "hf_models", "pooling", "module_source", "torch_graph", "graph_file"),
+            *_SAMPLING,
+            "enginesmith.torch_models",
+            "enginesmith.checkpoints.tensors",
+            "enginesmith.checkpoints.tokenizer",
+        ),
         unkeyed_params=("location",),
     ),
     StepKind(
         "sensitivity",
         "enginesmith.graphs.sensitivity:run",
-        ("onnx", "onnxruntime", "numpy", "nvidia-modelopt", "torch", "ml-dtypes"),
-        ("enginesmith.graphs",),
+        _QUANTIZING_TOOLS,
+        (*_graph_modules("sensitivity", "exclusion", "agreement"), *_QUANTIZING),
     ),
-    StepKind(
-        "quantize_graph",
-        "enginesmith.graphs.quantize:run",
-        ("onnx", "onnxruntime", "numpy", "nvidia-modelopt", "torch", "ml-dtypes"),
-        ("enginesmith.graphs",),
-    ),
+    StepKind("quantize_graph", "enginesmith.graphs.quantize:run", _QUANTIZING_TOOLS, _QUANTIZING),
     StepKind(
         "lower_graph",
         "enginesmith.graphs.lower:run",
         ("onnx", "onnxruntime", "numpy", "ml-dtypes"),
-        ("enginesmith.graphs",),
+        _graph_modules("lower", "integer", "emulate", "editing", "signature"),
     ),
     StepKind(
         "measure_graph",

@@ -149,10 +149,6 @@ def test_a_checkpoint_without_a_tokenizer_is_refused(tmp_path: Path, inputs: dic
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "a preferred batch that cannot be": (
-        {"dynamic_batching": {"preferred_batch_sizes": [2, 8]}},
-        "preferred_batch_sizes has 8; allowed: 1 to max_batch_size 4",
-    ),
     "an unknown option": (
         {"target": {**TENSORRT_PROVIDER, "provider_options": {"trt_engine_cache": "1"}}},
         "knows no option trt_engine_cache .*\n.*trt_engine_cache_enable",

@@ -117,6 +117,10 @@ WRONG: dict[str, tuple[Mapping[str, Any], str]] = {
         {**ENCODER, "variants": {"some": {"scheme": "fp16", "exclude": "auto"}}},
         "exclude: auto has no meaning for scheme fp16",
     ),
+    "a preferred batch that cannot be": (
+        {**ENCODER, "serving": {"dynamic_batching": {"preferred_batch_sizes": [2, 64]}}},
+        "preferred_batch_sizes has 64; allowed: 1 to max_batch_size 32",
+    ),
     "padding that does not grow": (
         {**ENCODER, "serving": {"pad_to": [64, 32, 256]}},
         "must be increasing lengths",

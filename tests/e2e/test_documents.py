@@ -194,6 +194,7 @@ GRAPH_SPECS: Mapping[tuple[str, str], Mapping[str, Any]] = {
         "variants": {"some": {"scheme": "int8", "method": "percentile"}},
     },
     ("GraphServing", "pad_to"): {**GRAPH, "serving": {"max_sequence_length": 256}},
+    ("GraphOnnxRuntimeTarget", "backend"): {**GRAPH, "variants": {"some": {"scheme": "none"}}},
     ("GraphOnnxRuntimeTarget", "provider_options"): {
         **GRAPH,
         "targets": [{"runtime": "onnxruntime", "provider": "tensorrt"}],

@@ -72,6 +72,16 @@ ORT: dict[str, Any] = {"runtime": "onnxruntime"}
             "1 to 128",
         ),
         (
+            {**ORT, "backend": "onnxruntime"},
+            "cannot run scheme fp8 (variant fp8) on a CPU as it was measured",
+            "backend: python",
+        ),
+        (
+            {**ORT, "provider": "tensorrt"},
+            "TensorRT provider has no precision for scheme fp8 (variant fp8)",
+            "runtime: tensorrt",
+        ),
+        (
             {**ORT, "provider": "cuda", "provider_options": {"trt_fp16_enable": "1"}},
             "provider_options trt_fp16_enable is no option of provider cuda",
             "provider: tensorrt",
@@ -110,7 +120,13 @@ def test_usual_length_of_a_model_without_text_belongs_to_its_axis() -> None:
         {**TRT, "gpu": "a100", "variants": ["fp16", "int8", "fp32"]},
         {**RTX, "compute_capabilities": ["8.9", "12.0"]},
         {**RTX, "compute_capabilities": ["7.5"], "variants": ["fp16"]},
-        {**ORT, "provider": "tensorrt", "provider_options": {"trt_fp16_enable": "1", "device_id": "0"}},
+        {
+            **ORT,
+            "provider": "tensorrt",
+            "provider_options": {"trt_fp16_enable": "1", "device_id": "0"},
+            "variants": ["fp32", "fp16", "int8"],
+        },
+        {**ORT, "backend": "onnxruntime", "variants": ["fp32", "fp16"]},
         {**ORT, "provider": "cuda", "provider_options": {"gpu_mem_limit": "1073741824"}},
     ],
 )

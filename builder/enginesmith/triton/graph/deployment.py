@@ -11,7 +11,6 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from enginesmith.errors import SpecError
 from enginesmith.graph_spec import SEQUENCE_AXIS, GraphServing
 from enginesmith.graph_targets import GraphOnnxRuntimeTarget, GraphTarget, TensorRtRtxTarget, TensorRtTarget
 from enginesmith.graphs.signature import Signature
@@ -103,18 +102,8 @@ class Deployment:
 
 
 def read_deployment(params: Mapping[str, Any], signature: Signature) -> Deployment:
-    """The deployment that ``graph_params.package_params`` describes.
-
-    Raises:
-        SpecError: batches that could not be formed.
-    """
+    """The deployment that ``graph_params.package_params`` describes."""
     serving = GraphServing.model_validate(params["serving"])
-    batching = serving.dynamic_batching
-    for size in batching.preferred_batch_sizes if batching else ():
-        if not 1 <= size <= serving.max_batch_size:
-            raise SpecError(
-                f"serving.dynamic_batching.preferred_batch_sizes has {size}; allowed: 1 to max_batch_size {serving.max_batch_size}"
-            )
     return Deployment(
         name=str(params["model_name"]),
         variant=str(params["variant"]),
