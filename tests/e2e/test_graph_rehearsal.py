@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from graph_deployment import Context, params, write_inputs
 from enginesmith.errors import EnginesmithError, GateError, ServerError
 from enginesmith.publish.local import publish
 from enginesmith.triton.config import parse_config
-from enginesmith.triton.graph.asking import text_rows
+from enginesmith.triton.graph.asking import Asking, text_rows
 from enginesmith.triton.graph.assemble import run as assemble
 from enginesmith.triton.graph.package import run as package
 from enginesmith.triton.graph.package_tensorrt import package_digest
@@ -227,6 +228,26 @@ def test_a_published_text_model_rolls_forward_and_back_with_its_warm_up_data(tmp
     assert not np.allclose(newest["text"], oldest["text"])
     for answers in (newest, oldest):
         np.testing.assert_allclose(answers["text"], answers["engine"], atol=1e-6)
+
+
+def test_a_text_that_the_tokenizer_fails_on_is_refused_alone(tmp_path: Path) -> None:
+    step, inputs = params(), write_inputs(tmp_path / "inputs")
+    tokenizer = inputs["checkpoint"] / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text().replace('"unk_token": "[UNK]"', '"unk_token": "[NONE]"'))
+    made = packaged(tmp_path, inputs, step)
+    # Long enough for all requests to share a batch.
+    edited("tiny-v-tokenizer/config.pbtxt", "dynamic_batching {", "dynamic_batching {\n  max_queue_delay_microseconds: 300000")(made)  # fmt: skip
+    texts = [b"the river", b"an unheard-of word", b"a stone"]
+    with TritonServer(made) as server:
+        server.wait_ready()
+        with grpc.InferenceServerClient(server.grpc_url) as client, ThreadPoolExecutor(len(texts)) as pool:
+            ask = Asking(client)
+            seen = list(pool.map(lambda text: ask("tiny-v-text", {"TEXT": text_rows(text)}), texts))
+            assert ask.statistics("tiny-v-tokenizer").largest_batch > 1
+    assert [answer.status for answer in seen] == [None, "StatusCode.INVALID_ARGUMENT", None]
+    assert "cannot be tokenized" in str(seen[1].refusal)
+    assert "Traceback" not in str(seen[1].refusal)
+    assert "At:" not in str(seen[1].refusal)
 
 
 def passed(package_dir: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,12 @@ from graph_engines import NAN_TOKEN, Fault, tokens, write_batches, write_engine
 from enginesmith.errors import GateError
 from enginesmith.graphs import measure
 from enginesmith.graphs.measure import load_batches, row_alone, run
-from enginesmith.triton.models.graph_onnxruntime.graph_runtime import GraphInputError, GraphRuntime
+from enginesmith.graphs.signature import AxisRange, GraphTensor, Signature
+from enginesmith.triton.models.graph_onnxruntime.graph_runtime import (
+    GraphInputError,
+    GraphRequests,
+    GraphRuntime,
+)
 
 BATCHES = [tokens(3, 9, 5, 2, seed=1), tokens(4, 16, 7, 7, seed=2), tokens(6, 1, 2, 11, seed=3)]
 BATCHES[1]["input_ids"][2, 0] = BATCHES[2]["input_ids"][3, 4] = NAN_TOKEN
@@ -140,6 +146,34 @@ def test_requests_of_different_lengths_are_answered_together_as_alone(tmp_path: 
     requests = [tokens(3, 5), tokens(16), tokens(1)]
     for answer, request in zip(runtime.run_requests(requests), requests, strict=True):
         np.testing.assert_allclose(answer["embedding"], runtime.run(request)["embedding"], rtol=1e-5)
+
+
+class MeanOfPixels(GraphRequests):
+    """A model with a mask that says nothing about one of its inputs; counts what it runs."""
+
+    def __init__(self, directory: Path) -> None:
+        mask = GraphTensor("attention_mask", "int64", ("batch", "sequence"))
+        pixels = GraphTensor("pixels", "float32", ("batch", "width"))
+        axes = {"sequence": AxisRange(1, 4, 8), "width": AxisRange(1, 4, 8)}
+        Signature("tensors", (mask, pixels), (GraphTensor("mean", "float32", ("batch", 1)),), axes).write(
+            directory
+        )
+        super().__init__(directory)
+        self.runs = 0
+
+    def _run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        self.runs += 1
+        return {"mean": inputs["pixels"].mean(axis=1, keepdims=True)}
+
+
+def test_what_the_mask_says_nothing_about_is_not_padded(tmp_path: Path) -> None:
+    model = MeanOfPixels(tmp_path)
+    requests = [
+        {"attention_mask": np.ones((1, length), np.int64), "pixels": np.full((1, width), 4, np.float32)}
+        for length, width in ((3, 2), (5, 4), (2, 2))
+    ]
+    assert [answer["mean"].tolist() for answer in model.run_requests(requests)] == [[[4.0]]] * 3
+    assert model.runs == 2
 
 
 @pytest.mark.parametrize(

@@ -57,8 +57,8 @@ class GraphRequests(ABC):
     def run_requests(self, requests: Sequence[Mapping[str, Array]]) -> list[dict[str, Array]]:
         """The outputs of each request, computed together where that cannot change them.
 
-        Requests of different lengths are padded if the signature has an ``attention_mask``, which says what counts;
-        without one, only requests of equal shape are joined. Outputs come back without the padding.
+        Requests of different lengths are padded along the axes of ``attention_mask``, which says what counts there, if
+        the signature has one; along other axes only requests of equal size are joined. Outputs come back without the padding.
 
         Raises:
             GraphInputError: as ``run``; the message names no request, so ask one by one to find which.
@@ -111,12 +111,22 @@ class GraphRequests(ABC):
 
     def _groups(self, requests: Sequence[Mapping[str, Array]]) -> list[list[int]]:
         """Indices of the requests that run together."""
-        if _MASK in self._inputs:
-            return [list(range(len(requests)))] if requests else []
+        padded = (
+            {axis for axis in self._inputs[_MASK]["shape"] if isinstance(axis, str)}
+            if _MASK in self._inputs
+            else set()
+        )
         groups: dict[tuple[tuple[int, ...], ...], list[int]] = {}
         for index, request in enumerate(requests):
-            shapes = tuple(request[name].shape[1:] for name in self._inputs)
-            groups.setdefault(shapes, []).append(index)
+            sizes = tuple(
+                tuple(
+                    size
+                    for axis, size in zip(tensor["shape"][1:], request[name].shape[1:], strict=True)
+                    if axis not in padded
+                )
+                for name, tensor in self._inputs.items()
+            )
+            groups.setdefault(sizes, []).append(index)
         return list(groups.values())
 
     def _joined(self, requests: Sequence[Mapping[str, Array]]) -> Mapping[str, Array]:

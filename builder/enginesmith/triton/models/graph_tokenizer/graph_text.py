@@ -52,12 +52,19 @@ class GraphText:
             self._tokenizer.enable_truncation(self._limit)
 
     def encode(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> list[Encoding]:
-        """The tokens of each text, or of each text with the one of ``pairs`` in its place."""
+        """The tokens of each text, or of each text with the one of ``pairs`` in its place.
+
+        Raises:
+            TextRefusedError: the tokenizer has no tokens for a text, such as for a character without an unknown token.
+        """
         if self._lower_case:
             texts = [text.lower() for text in texts]
             pairs = pairs and [text.lower() for text in pairs]
         given = list(texts) if pairs is None else list(zip(texts, pairs, strict=True))
-        encodings: list[Encoding] = self._tokenizer.encode_batch(given)
+        try:
+            encodings: list[Encoding] = self._tokenizer.encode_batch(given)
+        except Exception as error:  # tokenizers raises bare Exception for every text that it cannot tokenize.
+            raise TextRefusedError(f"the text cannot be tokenized: {error}") from error
         return encodings
 
     def inputs(self, encodings: Sequence[Encoding]) -> dict[str, Array]:

@@ -33,12 +33,11 @@ class TritonPythonModel:
         """One response for each request, in order."""
         jobs = [self._read(request) for request in requests]
         good = [job for job in jobs if isinstance(job, _Texts)]
-        texts = [text for job in good for text in job.texts]
-        pairs = [text for job in good for text in job.pairs] if self._text.pairs else None
-        encodings = iter(self._text.encode(texts, pairs))
+        encoded = iter(self._encoded(good))
+        answers = [next(encoded) if isinstance(job, _Texts) else job for job in jobs]
         return [
-            self._respond([next(encodings) for _ in job.texts]) if isinstance(job, _Texts) else _refused(job)
-            for job in jobs
+            _refused(answer) if isinstance(answer, TextRefusedError) else self._respond(answer)
+            for answer in answers
         ]
 
     def _read(self, request: Any) -> _Texts | TextRefusedError:
@@ -49,6 +48,17 @@ class TritonPythonModel:
         except TextRefusedError as error:
             return error
         return _Texts(texts, pairs)
+
+    def _encoded(self, jobs: list[_Texts]) -> list[list[Any] | TextRefusedError]:
+        """The tokens of each request's rows, or why there are none."""
+        texts = [text for job in jobs for text in job.texts]
+        pairs = [text for job in jobs for text in job.pairs] if self._text.pairs else None
+        try:
+            encodings = iter(self._text.encode(texts, pairs))
+        except TextRefusedError as error:
+            # The one that is wrong answers for itself; this is the rare way.
+            return [error] if len(jobs) == 1 else [one for job in jobs for one in self._encoded([job])]
+        return [[next(encodings) for _ in job.texts] for job in jobs]
 
     def _respond(self, encodings: list[Any]) -> Any:
         try:
