@@ -270,9 +270,12 @@ class Client:
                 output = _texts.output_for(metadata, task, columns)
                 inputs = _texts.inputs_from_texts(metadata, batch)
                 classes = output.shape[-1] if task is _texts.CLASSES else 0
-                return self._send(
+                result = self._send(
                     metadata, inputs, deadline, outputs=[output.name], version=version, classes=classes
                 )
+                rows = len(batch[_texts.TEXT])
+                _texts.check_rows(result, output, texts=rows, batched=metadata.max_batch_size > 0)
+                return result
 
             result = self._with_metadata(served.name, version, deadline, send)
             return next(iter(result.outputs)), result

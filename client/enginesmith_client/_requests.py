@@ -21,7 +21,7 @@ from enginesmith_client._codec import (
     datatype_from_dtype,
     text_bytes,
 )
-from enginesmith_client._errors import InvalidInput
+from enginesmith_client._errors import InvalidInput, ServerError
 from enginesmith_client._messages import (
     InferReply,
     InferRequest,
@@ -70,10 +70,19 @@ def request_from_arrays(
 
 
 def result_from_reply(reply: InferReply) -> InferResult:
-    """The decoded outputs of a reply."""
+    """The decoded outputs of a reply.
+
+    Raises:
+        ServerError: there are none, or one cannot be read.
+    """
     arrays = {
         tensor.name: array_from_bytes(tensor.data, tensor.datatype, tensor.shape) for tensor in reply.outputs
     }
+    if not arrays:
+        raise ServerError(
+            f"model {reply.model!r} gave an answer without outputs",
+            hint="a server with a response cache does so when it repeats a refusal: check the request, it was refused before",
+        )
     return InferResult(arrays, reply.model, reply.version, reply.id)
 
 

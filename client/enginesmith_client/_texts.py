@@ -110,6 +110,20 @@ def inputs_from_texts(metadata: ModelMetadata, columns: Mapping[str, Sequence[st
     return {name: _text_array(texts, batched=metadata.max_batch_size > 0) for name, texts in columns.items()}
 
 
+def check_rows(result: InferResult, output: TensorMetadata, *, texts: int, batched: bool) -> None:
+    """Return if the output has a row for each text.
+
+    Raises:
+        ServerError: it has not, so no row could be given to its text.
+    """
+    array = result.outputs.get(output.name)
+    if array is None or (batched and array.shape[:1] != (texts,)):
+        seen = "is missing" if array is None else f"has the shape {list(array.shape)}"
+        raise ServerError(
+            f"model {result.model!r} was asked for {texts} texts, and its output {output.name!r} {seen}"
+        )
+
+
 def embeddings_from_results(batches: Sequence[tuple[str, InferResult]]) -> Array:
     """float32 [texts, width]."""
     return np.concatenate([_rows(name, result) for name, result in batches]).astype(np.float32, copy=False)

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from enginesmith_client import Client, InvalidInput, ModelNotReady, ServerError, TritonClientError
-from enginesmith_client._messages import InferResult
-from enginesmith_client._texts import batches_of, classifications_from_results
+from enginesmith_client._messages import InferReply, InferResult, TensorMetadata
+from enginesmith_client._requests import result_from_reply
+from enginesmith_client._texts import batches_of, check_rows, classifications_from_results
 
 TEXTS = ["e", "tree", "", "grün", "été", "sea", "here", "a" * 40, "x"]
 
@@ -137,3 +138,18 @@ def test_batches_hold_every_row_once() -> None:
         {"TEXT": ["c", "d"], "TEXT_PAIR": ["x", "y"]},
         {"TEXT": ["e"], "TEXT_PAIR": ["z"]},
     ]
+
+
+def test_an_answer_without_outputs_is_the_servers_error() -> None:
+    with pytest.raises(ServerError, match="'m' gave an answer without outputs"):
+        result_from_reply(InferReply("m", "1", "", ()))
+
+
+@pytest.mark.parametrize(
+    ("outputs", "said"),
+    [({"embedding": np.zeros((2, 4))}, r"3 texts.*\[2, 4\]"), ({"other": np.zeros((3, 4))}, "is missing")],
+)
+def test_rows_that_belong_to_no_text_are_the_servers_error(outputs: dict[str, np.ndarray], said: str) -> None:
+    output = TensorMetadata("embedding", "FP32", (-1, 4))
+    with pytest.raises(ServerError, match=said):
+        check_rows(InferResult(outputs, "m", "1", ""), output, texts=3, batched=True)
