@@ -112,6 +112,20 @@ def test_products_of_activations_and_gemms_run_on_integers_and_conv_stays(tmp_pa
         assert np.linalg.norm(answer - wanted) < 0.02 * np.linalg.norm(wanted)
 
 
+@pytest.mark.parametrize(("shape", "products"), [((8,), 1), ((1, 8), 1), ((), 0), ((1,), 0), ((1, 1), 0)])
+def test_a_gemm_whose_bias_is_broadcast_stays_qdq(
+    tmp_path: Path, shape: tuple[int, ...], products: int
+) -> None:
+    constants = {"w": random(16, 8), "b": random(*shape, seed=8).reshape(shape)}
+    gemm = [node("Gemm", ["x", "w", "b"], "y")]
+    model = graph_of(gemm, constants, inputs={"x": ["n", 16]}, outputs={"y": ["n", 8]})
+    batch = {"x": random(4, 16, seed=5)}
+    made, engine = engine_of(tmp_path, model, [batch])
+    assert operators(load_model(engine)).count("MatMulIntegerToFloat") == products
+    (wanted,) = outputs_of(made, [batch])
+    np.testing.assert_allclose(GraphRuntime(engine).run(batch)["y"], wanted, rtol=1e-5, atol=1e-5)
+
+
 def test_an_activation_that_something_else_reads_as_codes_stays_qdq(tmp_path: Path) -> None:
     made, _ = engine_of(tmp_path, linear(random(16, 8)))
     model = load_model(made)

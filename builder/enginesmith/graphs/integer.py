@@ -110,7 +110,7 @@ def _product(graph: EditableGraph, node: onnx.NodeProto) -> _Product | None:
     elif (other := _quantizer(graph, right)) is None or node.op_type != "MatMul":
         return None
     bias, absorbed, output = _bias(graph, node, channels=None if codes is None else codes.shape[1])
-    if node.op_type == "Gemm" and not _is_plain(node, bias):
+    if node.op_type == "Gemm" and not (_is_plain(node, bias) and _has_a_bias_per_channel(graph, node)):
         return None
     return _Product(node, quantize, other, codes, right.input[1], bias, output, absorbed)
 
@@ -148,6 +148,21 @@ def _bias(
 def _is_plain(node: onnx.NodeProto, bias: str | None) -> bool:
     factors = attribute(node, "alpha", 1.0), attribute(node, "beta", 1.0) if bias else 1.0
     return factors == (1.0, 1.0) and not attribute(node, "transA", 0)
+
+
+def _has_a_bias_per_channel(graph: EditableGraph, node: onnx.NodeProto) -> bool:
+    """Whether the kernel takes the Gemm's bias: it broadcasts nothing, where Gemm broadcasts a scalar or a column."""
+    bias = node.input[2] if len(node.input) > 2 else ""
+    if not bias:
+        return True
+    if not graph.is_constant(bias):
+        return False
+    shape = graph.constant_type(bias).shape or ()
+    scales = graph.producer(node.input[1])
+    assert scales is not None, "the weight is dequantized"
+    stored = graph.constant_type(scales.input[0]).shape or ()
+    channels = stored[0 if attribute(node, "transB", 0) else 1]
+    return shape in ((channels,), (1, channels))
 
 
 def _integer_node(graph: EditableGraph, product: _Product, offset: str) -> onnx.NodeProto:
