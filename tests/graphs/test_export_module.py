@@ -241,6 +241,18 @@ def test_other_outputs_than_the_spec_names_are_refused(tmp_path: Path, body: str
     assert message in refused(tmp_path, forward(body), SpecError)
 
 
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("import sys; sys.exit(0)", "SystemExit: 0"),
+        ("return self.inner(x).bfloat16()", "BFloat16"),
+        ("return self.inner(x).double()", "output y of user_model.py:make is float64; allowed: float32"),
+    ],
+)
+def test_a_forward_that_does_not_answer_with_arrays_is_told(tmp_path: Path, body: str, message: str) -> None:
+    assert message in refused(tmp_path, forward(body))
+
+
 def test_inputs_that_forward_does_not_take_are_refused(tmp_path: Path) -> None:
     message = refused(tmp_path, forward("return x", parameters="self, x, mask"), SpecError)
     assert "does not take the spec's inputs x: missing a required argument: 'mask'" in message

@@ -285,6 +285,40 @@ def test_an_output_without_a_batch_is_refused(tmp_path: Path) -> None:
     assert "output y of model.onnx has shape [] for a batch of 3" in refused(tmp_path, path)
 
 
+@pytest.mark.parametrize("opset", [13, 20])
+def test_the_standard_domain_may_be_written_out(tmp_path: Path, opset: int) -> None:
+    path = projection(tmp_path / "model.onnx", opset=opset)
+    model = onnx.load(path)
+    for entry in (*model.opset_import, *model.graph.node):
+        entry.domain = "ai.onnx"
+    onnx.save_model(model, path)
+    made = onnx.load(exported(tmp_path, path) / "model.onnx")
+    assert [(entry.domain, entry.version) for entry in made.opset_import] == [("", 20)]
+
+
+@pytest.mark.parametrize(
+    ("node", "output", "seen"),
+    [
+        (
+            helper.make_node("SequenceConstruct", ["h"], ["y"]),
+            helper.make_tensor_sequence_value_info("y", FLOAT, None),
+            "a list",
+        ),
+        (
+            helper.make_node("Cast", ["h"], ["y"], to=onnx.TensorProto.DOUBLE),
+            value("y", ["N", "width", 5], onnx.TensorProto.DOUBLE),
+            "float64",
+        ),
+    ],
+    ids=["sequence", "float64"],
+)
+def test_an_output_that_cannot_be_served_is_refused(
+    tmp_path: Path, node: Any, output: Any, seen: str
+) -> None:
+    path = projection(tmp_path / "model.onnx", nodes=[node], output=output)
+    assert f"output y of model.onnx is {seen}; allowed: float32" in refused(tmp_path, path)
+
+
 def test_outputs_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     node = helper.make_node("Log", ["h"], ["y"])
     assert "output y of model.onnx has NaN or Inf" in refused(

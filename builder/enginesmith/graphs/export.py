@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
 from enginesmith.errors import SourceError
+from enginesmith.graph_spec import TensorDtype
 from enginesmith.graphs.compare import (
     GraphRunError,
     Probe,
@@ -110,7 +111,7 @@ def _graph(original: Original, base: Arrays) -> Any:
 
 
 def _answer(original: Original, feeds: Arrays, probe: Probe | None) -> dict[str, Any]:
-    """The original's outputs, every one with the batch as its first axis, finite."""
+    """The original's outputs: tensors of types that can be served, every one with the batch as its first axis, finite."""
     try:
         answer = original.run(feeds)
     except GraphRunError as error:
@@ -122,6 +123,12 @@ def _answer(original: Original, feeds: Arrays, probe: Probe | None) -> dict[str,
         ) from error
     batch = next(iter(feeds.values())).shape[0]
     for name, array in answer.items():
+        kind = array.dtype.name if isinstance(array, np.ndarray) else f"a {type(array).__name__}"
+        if kind not in get_args(TensorDtype):
+            raise SourceError(
+                f"output {name} of {original.what} is {kind}; allowed: {', '.join(get_args(TensorDtype))}",
+                hint="convert it in the model, or leave it out of the model's outputs",
+            )
         if array.ndim == 0 or array.shape[0] != batch:
             raise SourceError(
                 f"output {name} of {original.what} has shape {list(array.shape)} for a batch of {batch}; its first axis must be "

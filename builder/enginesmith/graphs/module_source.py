@@ -48,11 +48,11 @@ def original_of_module(path: Path, params: Mapping[str, Any]) -> Original:
         try:
             with torch.no_grad():
                 results = graph(*arguments)
+            return {name: np.asarray(result.detach()) for name, result in zip(outputs, results, strict=True)}
         except (SourceError, SpecError):
             raise
-        except Exception as error:  # The user's code raises whatever it likes.
+        except (Exception, SystemExit) as error:  # The user's code raises whatever it likes.
             raise GraphRunError(f"{type(error).__name__}: {error}\n{_tail(error, path)}") from error
-        return {name: np.asarray(result.detach()) for name, result in zip(outputs, results, strict=True)}
 
     return Original(
         inputs=inputs,

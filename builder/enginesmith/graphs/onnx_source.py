@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import onnx
+import onnx.helper
 import onnx.inliner
 import onnx.version_converter
 
@@ -103,6 +104,7 @@ def load_file(path: Path, *, weights: bool = True, data_files: Collection[str] |
     if model.functions:
         model = onnx.inliner.inline_local_functions(model)
     _refuse_foreign_operators(model.graph, path)
+    _call_the_standard_domain_by_one_name(model)
     return model
 
 
@@ -133,6 +135,18 @@ def _refuse_foreign_operators(graph: Any, path: Path) -> None:
                 "allowed: the standard operators of ONNX, which every runtime has",
                 hint="export the graph without fusing it for one runtime",
             )
+
+
+def _call_the_standard_domain_by_one_name(model: Any) -> None:
+    """The standard operators' domain is written "" or "ai.onnx"; everything later looks for ""."""
+    version = _opset(model)
+    others = [entry for entry in model.opset_import if entry.domain not in _STANDARD]
+    imports = [onnx.helper.make_opsetid("", version)]
+    imports += [onnx.helper.make_opsetid(entry.domain, entry.version) for entry in others]
+    del model.opset_import[:]
+    model.opset_import.extend(imports)
+    for node in every_node(model.graph):
+        node.domain = ""
 
 
 def _refuse_reduced(model: Any, path: Path) -> None:
