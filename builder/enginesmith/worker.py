@@ -128,5 +128,15 @@ def _end_with_builder(lifeline_fd: int) -> None:
     os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
+def _end(status: int) -> None:
+    """End the process, also where code that the step ran left threads behind that never end."""
+    left = [thread for thread in threading.enumerate() if not thread.daemon]
+    if left == [threading.main_thread()]:
+        sys.exit(status)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    _end(main(sys.argv[1:]))

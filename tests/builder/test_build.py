@@ -222,6 +222,12 @@ def test_worker_that_dies_is_explained_and_the_build_resumes(
     project.assert_complete()
 
 
+def test_step_ends_although_it_left_a_thread_behind(project: Project) -> None:
+    project.order("quantize", "thread")
+    project.build()
+    project.assert_complete()
+
+
 def test_step_that_makes_a_link_is_refused(project: Project) -> None:
     project.order("fetch", "link")
     with pytest.raises(StoreError, match="link is a link; artifacts hold plain files only"):

@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+import threading
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -107,6 +108,8 @@ def _misbehave(order: str, control: Path, out: Path) -> None:
             raise ValueError("the step is broken")
         case "killed":
             os.kill(os.getpid(), signal.SIGKILL)
+        case "thread":
+            threading.Thread(target=threading.Event().wait).start()
         case "quit":
             os._exit(7)
         case "fill":
