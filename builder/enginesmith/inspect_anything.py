@@ -33,11 +33,12 @@ def inspect_anything(what: str, *, store: Callable[[], ArtifactStore], repositor
         OperatorError: nothing is there, the digits fit several artifacts, or it is nothing that can be looked into.
         SourceError, StoreError: it is damaged.
     """
-    path = Path(what)
-    if path.exists():
-        return inspect_path(path)
-    if (repository / what / "config.pbtxt").is_file():
-        return inspect_path(repository / what)
+    for path in (Path(what), repository / what):
+        try:
+            if path.exists() and (path == Path(what) or (path / "config.pbtxt").is_file()):
+                return inspect_path(path)
+        except OSError as error:
+            raise OperatorError(f"{path} cannot be looked into: {error.strerror}") from error
     if re.fullmatch(r"[0-9a-f]+", what):
         return _inspect_key(what, store())
     raise OperatorError(

@@ -16,6 +16,7 @@ from enginesmith.checkpoints.tensors import (
     read_json_object,
 )
 from enginesmith.checkpoints.tokenizer import MODULES_FILE, read_modules
+from enginesmith.errors import SourceError
 from enginesmith.inspect_report import Inspection, Listing
 from enginesmith.stored_quantization import stored_algorithm, stored_section
 
@@ -42,12 +43,12 @@ def inspect_checkpoint(directory: Path) -> Inspection:
     entries = {name: tensors.entry(name) for name in tensors.names()}
     modules = read_modules(directory) if (directory / MODULES_FILE).exists() else []
     facts = {
-        "architecture": ", ".join(map(str, config.get("architectures") or ())),
+        "architecture": ", ".join(map(str, elements(config.get("architectures")))),
         "model_type": config.get("model_type"),
         **_counted(entries),
         "quantization": _quantization(config),
         **{name: config[name] for name in _SIZES if isinstance(config.get(name), int)},
-        "labels": list((config.get("id2label") or {}).values()) if _classifies(config) else [],
+        "labels": list(named(config.get("id2label")).values()) if _classifies(config) else [],
         "sentence_transformers": [kind.rpartition(".")[2] for kind, _ in modules],
         "files": len(tensors.files()),
     }
@@ -71,9 +72,8 @@ def inspect_tensorrt_llm_checkpoint(directory: Path) -> Inspection:
         SourceError: a rank is missing, cut off or damaged.
     """
     config = read_json_object(directory / CONFIG_FILE)
-    mapping = config.get("mapping") or {}
-    ranks = int(mapping.get("world_size", 1))
-    files = [directory / f"rank{rank}.safetensors" for rank in range(ranks)]
+    mapping = named(config.get("mapping"))
+    files = (directory / f"rank{rank}.safetensors" for rank in range(rank_count(mapping, directory)))
     entries = {file.name: read_header(file) for file in files}
     together = {f"{name}/{tensor}": entry for name, own in entries.items() for tensor, entry in own.items()}
     facts = {
@@ -94,6 +94,26 @@ def inspect_tensorrt_llm_checkpoint(directory: Path) -> Inspection:
         facts,
         (Listing("ranks", rows), *_listings(next(iter(entries.values())))),
     )
+
+
+def rank_count(mapping: Mapping[str, Any], directory: Path) -> int:
+    """``world_size`` of a TensorRT-LLM mapping, 1 where it says nothing.
+
+    Raises:
+        SourceError: it is no count.
+    """
+    ranks = mapping.get("world_size", 1)
+    if not isinstance(ranks, int) or ranks < 1:
+        raise SourceError(
+            f"{directory / CONFIG_FILE} has world_size {ranks!r}; allowed: 1 and more",
+            hint="copy the directory again: its config.json is damaged",
+        )
+    return ranks
+
+
+def elements(section: Any) -> list[Any]:
+    """The elements, none where it is no list."""
+    return section if isinstance(section, list) else []
 
 
 def named(section: Any) -> dict[str, Any]:
@@ -124,7 +144,7 @@ def _quantization(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _classifies(config: Mapping[str, Any]) -> bool:
-    return any("Classification" in str(name) for name in config.get("architectures") or ())
+    return any("Classification" in str(name) for name in elements(config.get("architectures")))
 
 
 def _listings(entries: Mapping[str, TensorEntry]) -> tuple[Listing, ...]:

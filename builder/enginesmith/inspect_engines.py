@@ -9,7 +9,7 @@ from typing import Any
 
 from enginesmith.checkpoints.tensors import CONFIG_FILE, read_json_object
 from enginesmith.errors import SourceError
-from enginesmith.inspect_checkpoint import named
+from enginesmith.inspect_checkpoint import named, rank_count
 from enginesmith.inspect_onnx import inspect_onnx
 from enginesmith.inspect_report import Inspection, Listing
 
@@ -59,7 +59,7 @@ def inspect_tensorrt_engine(directory: Path) -> Inspection:
     size = plan.stat().st_size if plan.is_file() else None
     recorded = engine.get("plan_bytes")
     if size is None or (recorded is not None and size != recorded):
-        seen = "is missing" if size is None else f"has {size:,} bytes, recorded were {recorded:,}"
+        seen = "is missing" if size is None else f"has {size} bytes, recorded were {recorded!r}"
         raise SourceError(f"{plan} {seen}", hint="copy the directory again, or build it again")
     try:
         listings = _tensorrt_listings(engine)
@@ -87,11 +87,12 @@ def inspect_tensorrt_llm_engines(directory: Path) -> Inspection:
     model, build = _section(config, "pretrained_config"), _section(config, "build_config")
     mapping = named(model.get("mapping"))
     rows = []
-    for rank in range(int(mapping.get("world_size", 1))):
+    ranks = rank_count(mapping, directory)
+    for rank in range(ranks):
         file = directory / f"rank{rank}.engine"
         if not file.is_file() or not file.stat().st_size:
             raise SourceError(
-                f"{file} is missing or empty; the engines are for {mapping.get('world_size', 1)} ranks",
+                f"{file} is missing or empty; the engines are for {ranks} ranks",
                 hint="copy the directory again: it must be complete",
             )
         rows.append({"rank": rank, "file": file.name, "bytes": file.stat().st_size})

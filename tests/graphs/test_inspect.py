@@ -245,6 +245,30 @@ def test_a_checkpoint_that_is_cut_off_is_refused(tmp_path: Path, capsys: pytest.
     assert "truncated" in refused(capsys, tmp_path / "checkpoint")
 
 
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"architecture": "x", "mapping": {"world_size": "two"}}, "world_size 'two'; allowed: 1 and more"),
+        ({"architecture": "x", "mapping": {"world_size": -1}}, "world_size -1"),
+        ({"architecture": "x", "mapping": 2}, "rank0.safetensors"),
+        ({"build_config": {}, "pretrained_config": {"mapping": {"world_size": "x"}}}, "world_size 'x'"),
+    ],
+)
+def test_a_mapping_that_is_none_is_one_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], config: dict[str, Any], said: str
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert said in refused(capsys, tmp_path)
+
+
+def test_a_configuration_with_other_types_than_known_is_shown_without_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = checkpoint(tmp_path / "checkpoint") / "config.json"
+    config.write_text(json.dumps({"architectures": 5, "id2label": "x"}))
+    assert inspected(capsys, tmp_path / "checkpoint")["architecture"] == ""
+
+
 def test_a_tensorrt_llm_checkpoint_and_its_engines_say_mapping_quantization_and_limits(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -422,6 +446,7 @@ def test_a_damaged_artifact_is_named_with_what_is_wrong(
         ("ab12cd3", "has 7 digits; the first 8"),
         ("ab12cd34", "no artifact whose key begins with ab12cd34"),
         ("missing.onnx", "is no file or directory, no key of the store and no model"),
+        ("a" * 300, "cannot be looked into: File name too long"),
     ],
 )
 def test_what_is_not_there_is_said(capsys: pytest.CaptureFixture[str], what: str, said: str) -> None:
