@@ -265,8 +265,17 @@ def test_padding_does_not_widen_a_range(tmp_path: Path) -> None:
         ((2, 5, 5, 7), ("batch", 5, "sequence", 7), 8),
         ((2, 4, 6, 5), None, 8),
         ((4, 7), None, 4),
+        ((2, 5), ("batch", 5), 2),
     ],
-    ids=["tokens", "flattened", "heads", "as many heads as tokens", "transposed keys", "no sequence"],
+    ids=[
+        "tokens",
+        "flattened",
+        "heads",
+        "as many heads as tokens",
+        "transposed keys",
+        "no sequence",
+        "as wide as long",
+    ],
 )
 def test_padded_positions_are_found_along_the_sequence(
     shape: tuple[int, ...], names: tuple[Any, ...] | None, rows: int
@@ -274,6 +283,13 @@ def test_padded_positions_are_found_along_the_sequence(
     mask = np.array([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
     kind = None if names is None else TensorType(TensorProto.FLOAT, names)
     assert len(without_padding(np.ones(shape), kind, mask=mask)) == rows
+
+
+def test_padding_of_a_tensor_with_as_many_channels_as_tokens_lies_along_its_sequence() -> None:
+    mask = np.array([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    values = np.where(mask[:, None, :], 1.0, 9.0) * np.ones((2, 5, 5))
+    kind = TensorType(TensorProto.FLOAT, ("batch", 5, "sequence"))
+    assert without_padding(values, kind, mask=mask).max() == 1
 
 
 def test_a_relu_before_fp8_codes_is_computed(tmp_path: Path) -> None:

@@ -108,20 +108,19 @@ def without_padding(values: Array, kind: TensorType | None, *, mask: Array | Non
     keep = mask.astype(bool)
     batch, length = keep.shape
     kept: Array = values
-    if values.ndim <= 3 and values.shape[:2] == keep.shape:
-        kept = values[keep]
-    elif values.ndim == 2 and values.shape[0] == batch * length:
-        kept = values[keep.reshape(-1)]
-    elif values.shape[0] == batch and (axes := _sequence_axes(values, kind, length)):
+    if values.shape[0] == batch and (axes := _sequence_axes(values, kind, length)):
         # One axis is enough: along the other axis of attention's products the model itself has masked.
         kept = np.moveaxis(values, axes[0], 1)[keep]
+    elif values.ndim == 2 and values.shape[0] == batch * length:
+        kept = values[keep.reshape(-1)]
     return kept
 
 
 def _sequence_axes(values: Array, kind: TensorType | None, length: int) -> list[int]:
     lengths = [axis for axis in range(1, values.ndim) if values.shape[axis] == length]
     if kind is None or kind.shape is None or len(kind.shape) != values.ndim:
-        return lengths if len(lengths) == 1 else []
+        return lengths if len(lengths) == 1 or (values.ndim <= 3 and 1 in lengths) else []
+    # A layer may well be as wide as the texts of a batch are long.
     return [axis for axis in lengths if not isinstance(kind.shape[axis], int)]
 
 
