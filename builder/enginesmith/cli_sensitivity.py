@@ -91,7 +91,7 @@ def _proposal(entry: Mapping[str, Any]) -> str:
     """The verdict, and the line for the spec."""
     before, after = (entry[key]["mean_cosine"] for key in ("before", "after"))
     lines = [entry["verdict"], f"mean cosine: {before:.5f} with all quantized, {after:.5f} with the proposal"]
-    if entry["met"] and entry["exclude"]:
+    if entry["met"] and entry["proposal"]:
         # A JSON list is a YAML list, and quotes what YAML would read as something else.
         lines.append(f"exclude: {json.dumps(entry['exclude'])}")
     return "\n".join(lines)

@@ -109,14 +109,22 @@ def test_excluded_layers_are_not_ranked(tmp_path: Path) -> None:
     assert all("made_3/MatMul" not in entry["nodes"] for entry in document["ranking"])
 
 
-def run_without_third(root: Path) -> dict[str, Any]:
+def test_the_proposal_keeps_what_the_spec_excludes_already(tmp_path: Path) -> None:
+    document = run_without_third(tmp_path, min_mean_cosine=0.995)
+    assert document["proposal"] == ["made_1/MatMul"]
+    assert document["exclude"] == ["made_3", "made_1/MatMul"]
+    assert document["verdict"] == "the limits hold with 1 node in float, beside those that exclude names"
+
+
+def run_without_third(root: Path, *, min_mean_cosine: float = 0.9) -> dict[str, Any]:
     inputs = {
         "graph": write_export(root / "export", chain()),
         "calibration": write_samples(root / "calibration", [{"x": random(32, 16, seed=20)}]),
         "samples": write_samples(root / "samples", [{"x": random(32, 16, seed=21)}]),
     }
     (root / "out").mkdir()
-    params = PARAMS | {"exclude": ["made_3"], "task": "tensors", "limits": {"min_mean_cosine": 0.9}}
+    limits = {"min_mean_cosine": min_mean_cosine}
+    params = PARAMS | {"exclude": ["made_3"], "task": "tensors", "limits": limits}
     sensitivity.run(Context(params, inputs, root / "out", root / "scratch"))
     document: dict[str, Any] = json.loads((root / "out" / "sensitivity.json").read_text())
     return document
