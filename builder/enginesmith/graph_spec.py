@@ -148,6 +148,7 @@ class GraphLimits(Part):
 
 EXPORT_LIMITS = GraphLimits(max_relative_error=1e-4)
 QUALITY_LIMITS = GraphLimits(min_mean_cosine=0.98)
+_LIMITS_OF_ONE_TASK = {"min_top1_agreement": "classification", "min_rank_correlation": "reranking"}
 
 
 class GraphVerification(Part):
@@ -209,6 +210,8 @@ class GraphVariant(VariantPart):
             raise ValueError(
                 f"exclude: auto has no meaning for scheme {self.scheme}; it belongs to int8 and fp8"
             )
+        if self.scheme == "none" and self.exclude:
+            raise ValueError("exclude has no meaning for scheme none: everything stays in float32")
         return self
 
 
@@ -328,6 +331,22 @@ class GraphSpec(SpecBase):
                 raise ValueError(
                     f"task {self.task} reads no text: give samples as an .npz file, or leave them random"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _keys_fit_task(self) -> GraphSpec:
+        if self.task != "embedding" and (self.pooling is not None or self.normalize is not None):
+            raise ValueError(f"pooling and normalize are for task embedding, not for {self.task}")
+        if self.probabilities and self.task not in ("classification", "reranking"):
+            raise ValueError(
+                f"probabilities is for the tasks classification and reranking, not for {self.task}"
+            )
+        every = [self.verify.export, self.verify.quality]
+        every += [variant.quality for variant in self.variants.values() if variant.quality]
+        for limits in every:
+            for limit, task in _LIMITS_OF_ONE_TASK.items():
+                if getattr(limits, limit) is not None and task != self.task:
+                    raise ValueError(f"{limit} is measured for task {task}, not for {self.task}")
         return self
 
     @property

@@ -117,6 +117,30 @@ WRONG: dict[str, tuple[Mapping[str, Any], str]] = {
         {**ENCODER, "variants": {"some": {"scheme": "fp16", "exclude": "auto"}}},
         "exclude: auto has no meaning for scheme fp16",
     ),
+    "exclusions of what is not quantized": (
+        {**ENCODER, "variants": {"some": {"scheme": "none", "exclude": ["encoder.*"]}}},
+        "exclude has no meaning for scheme none",
+    ),
+    "pooling of what is no embedding": (
+        {**ENCODER, "task": "classification", "pooling": "cls"},
+        "pooling and normalize are for task embedding, not for classification",
+    ),
+    "probabilities of what has no classes": (
+        {**ENCODER, "probabilities": True},
+        "probabilities is for the tasks classification and reranking, not for embedding",
+    ),
+    "a limit of classes for an embedding": (
+        {**ENCODER, "verify": {"quality": {"min_top1_agreement": 0.9}}},
+        "min_top1_agreement is measured for task classification, not for embedding",
+    ),
+    "a variant's limit of scores for classes": (
+        {
+            **ENCODER,
+            "task": "classification",
+            "variants": {"some": {"scheme": "int8", "quality": {"min_rank_correlation": 0.9}}},
+        },
+        "min_rank_correlation is measured for task reranking, not for classification",
+    ),
     "a preferred batch that cannot be": (
         {**ENCODER, "serving": {"dynamic_batching": {"preferred_batch_sizes": [2, 64]}}},
         "preferred_batch_sizes has 64; allowed: 1 to max_batch_size 32",
