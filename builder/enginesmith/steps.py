@@ -145,6 +145,7 @@ def _graph_modules(*names: str) -> tuple[str, ...]:
 _SAMPLING = (
     *_graph_modules("samples", "tensor_samples", "onnx_source", "original", "compare", "naming", "signature"),
     "enginesmith.corpora",
+    "enginesmith.checkpoints.tensors",
 )
 _QUANTIZING = _graph_modules(
     "quantize", "calibrate", "smoothing", "qdq", "quantizable", "typed", "editing", "signature"
@@ -167,7 +168,6 @@ _GRAPH_KINDS = (
             *_graph_modules("export", "hf_models", "pooling", "module_source", "torch_graph", "graph_file"),
             *_SAMPLING,
             "enginesmith.torch_models",
-            "enginesmith.checkpoints.tensors",
             "enginesmith.checkpoints.tokenizer",
         ),
         unkeyed_params=("location",),

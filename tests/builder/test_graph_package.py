@@ -10,7 +10,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from graph_deployment import LABELS, LONGEST, Context, params, signature_of, write_inputs
+from graph_deployment import (
+    LABELS,
+    LONGEST,
+    VOCABULARY,
+    Context,
+    params,
+    signature_of,
+    tokenizer,
+    write_inputs,
+)
 
 from enginesmith.errors import EnginesmithError, GateError, OperatorError, SourceError, SpecError
 from enginesmith.publish.local import publish
@@ -244,6 +253,17 @@ def test_texts_are_padded_to_the_next_bucket(tmp_path: Path) -> None:
         stage.inputs(stage.encode([" ".join(["the"] * words)]))["input_ids"].shape[1] for words in (2, 3, 7)
     ]
     assert widths == [4, 8, 24]
+
+
+def test_letters_are_made_small_as_sentence_transformers_makes_them(tmp_path: Path) -> None:
+    document = json.loads(tokenizer().to_str())
+    document["normalizer"] = None
+    document["model"]["vocab"]["\u03bf\u03b4\u03bf\u03c3"] = len(VOCABULARY)
+    settings = {"do_lower_case": True}
+    files = {"tokenizer.json": document, "sentence_bert_config.json": settings}
+    stage = text_stage(tmp_path, checkpoint_files=files)
+    made = stage.inputs(stage.encode(["THE River", "\u039f\u0394\u039f\u03a3"]))
+    assert made["input_ids"].tolist() == [[2, 4, 11, 3], [2, len(VOCABULARY), 3, 0]]
 
 
 def test_pairs_have_two_types(tmp_path: Path) -> None:

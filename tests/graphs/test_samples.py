@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,22 @@ def test_every_row_is_exactly_its_text_tokenized(bert: Path, tmp_path: Path) -> 
     tokenizer = Tokenizer.from_file(str(bert / "tokenizer.json"))
     assert rows_of(tmp_path / "out") == [tokenizer.encode(text).ids for text in texts]
     assert len(texts) == len(set(texts)) == 12
+
+
+def test_letters_are_made_small_where_sentence_transformers_does(bert: Path, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "cased"
+    shutil.copytree(bert, checkpoint)
+    document = json.loads((checkpoint / "tokenizer.json").read_text())
+    document["normalizer"] = None
+    (checkpoint / "tokenizer.json").write_text(json.dumps(document))
+    for lowers in (False, True):
+        (checkpoint / "sentence_bert_config.json").write_text(json.dumps({"do_lower_case": lowers}))
+        out = tmp_path / str(lowers)
+        sampled(out, checkpoint)
+        texts = json.loads((out / "texts.json").read_text())["texts"]
+        tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
+        wanted = [tokenizer.encode(text.lower() if lowers else text).ids for text in texts]
+        assert rows_of(out) == wanted
 
 
 def test_texts_fit_and_lengths_differ_between_batches(bert: Path, tmp_path: Path) -> None:

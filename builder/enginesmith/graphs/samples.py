@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from enginesmith.checkpoints.tensors import read_json_object
 from enginesmith.corpora import corpus_sha256, load_documents
 from enginesmith.errors import SourceError
 from enginesmith.graphs.tensor_samples import tensor_batches
@@ -78,6 +79,12 @@ def pad_id_of(checkpoint: Path) -> int:
     return pad if isinstance(pad, int) else 0
 
 
+def _lowers(checkpoint: Path) -> bool:
+    """Whether sentence-transformers makes the letters small before the checkpoint's tokenizer sees them."""
+    path = checkpoint / "sentence_bert_config.json"
+    return path.is_file() and bool(read_json_object(path).get("do_lower_case"))
+
+
 @dataclass(frozen=True)
 class _Encoded:
     ids: list[int]
@@ -88,7 +95,7 @@ class _Tokens:
     """Texts to tokens, with the special tokens that the tokenizer adds."""
 
     def __init__(self, checkpoint: Path) -> None:
-        from tokenizers import Tokenizer
+        from tokenizers import Tokenizer, normalizers
 
         path = checkpoint / "tokenizer.json"
         try:
@@ -99,6 +106,11 @@ class _Tokens:
             ) from error
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
+        if _lowers(checkpoint):
+            own = self._tokenizer.normalizer
+            self._tokenizer.normalizer = normalizers.Sequence(
+                [normalizers.Lowercase(), *([own] if own else [])]
+            )
 
     def fitting(self, words: Sequence[str], *, limit: int) -> str | None:
         """As many of the first ``words`` as fit into ``limit`` tokens, as one text; None if not even one does."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Encoding, Tokenizer
+from tokenizers import Encoding, Tokenizer, normalizers
 
 SETTINGS_FILE = "text.json"
 TOKENIZER_FILE = "tokenizer.json"
@@ -40,7 +40,6 @@ class GraphText:
         self._limit: int = settings["max_length"]
         self._pad_to: tuple[int, ...] = tuple(settings["pad_to"])
         self._pad_id: int = settings["pad_id"]
-        self._lower_case: bool = settings["lower_case"]
         self._inputs = {tensor["name"]: np.dtype(tensor["dtype"]) for tensor in settings["inputs"]}
         if unknown := sorted(set(self._inputs) - set(_FIELDS)):
             raise ValueError(f"no tokenizer makes the input {unknown[0]}; it makes {', '.join(_FIELDS)}")
@@ -48,6 +47,12 @@ class GraphText:
         # A checkpoint's tokenizer.json may cut and pad as its author once did; what is served is in text.json.
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
+        if settings["lower_case"]:
+            # By the tokenizer, as sentence-transformers does it: str.lower makes another letter of a final sigma.
+            own = self._tokenizer.normalizer
+            self._tokenizer.normalizer = normalizers.Sequence(
+                [normalizers.Lowercase(), *([own] if own else [])]
+            )
         if settings["truncate"]:
             self._tokenizer.enable_truncation(self._limit)
 
@@ -57,9 +62,6 @@ class GraphText:
         Raises:
             TextRefusedError: the tokenizer has no tokens for a text, such as for a character without an unknown token.
         """
-        if self._lower_case:
-            texts = [text.lower() for text in texts]
-            pairs = pairs and [text.lower() for text in pairs]
         given = list(texts) if pairs is None else list(zip(texts, pairs, strict=True))
         try:
             encodings: list[Encoding] = self._tokenizer.encode_batch(given)
