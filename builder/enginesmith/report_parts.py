@@ -31,7 +31,9 @@ class BuiltVariant:
     variant: str
     scheme: str
     passed: bool | None
-    """The gate's verdict."""
+    """The gate's verdict; a variant that the gate stopped has none, because a failed step leaves nothing."""
+    measured: bool
+    """Whether everything that the gate reads is there."""
     rehearsed: bool
     """On every target."""
     duration_s: float | None
@@ -44,7 +46,7 @@ class BuiltVariant:
     def verdict(self) -> str | None:
         """For people: what the gate and the rehearsals said."""
         if self.passed is None:
-            return None
+            return "not passed" if self.measured else None
         return ("passed" if self.rehearsed else "passed, not rehearsed") if self.passed else "failed"
 
 
@@ -56,10 +58,12 @@ def built_variant(
     made = [artifacts[step.key] for step in own if step.key in artifacts]
     rehearsals = [step for step in own if step.kind in REHEARSALS]
     passed = facts_of(own, artifacts).get(gate, {}).get("passed")
+    judged = [key for step in own if step.kind == gate for key in step.inputs.values()]
     return BuiltVariant(
         variant=name,
         scheme=plan.spec.variants[name].scheme,
         passed=None if passed is None else bool(passed),
+        measured=bool(judged) and all(key in artifacts for key in judged),
         rehearsed=bool(rehearsals) and all(step.key in artifacts for step in rehearsals),
         duration_s=sum(artifact.duration_s for artifact in made) if len(made) == len(own) else None,
         peak_rss_bytes=max((artifact.peak_rss_bytes for artifact in made), default=None),

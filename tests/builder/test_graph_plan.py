@@ -134,8 +134,7 @@ def test_sensitivity_is_measured_where_it_is_applied_or_asked_for(planned: Calla
 def test_parameters_without_a_meaning_for_a_scheme_are_in_no_key(planned: Callable[..., Plan]) -> None:
     for scheme, meaningless in (
         ("fp16", {"method": "mse", "smoothing": 0.1, "weights": "per_tensor", "attention": True}),
-        ("fp8", {"method": "mse", "smoothing": 0.1, "reduce_range": True}),
-        ("int8", {"percentile": 90}),
+        ("fp8", {"method": "mse", "smoothing": 0.1, "reduce_range": True, "percentile": 90}),
     ):
         plain, other = (
             planned({**ENCODER, "variants": {"some": {"scheme": scheme, **extra}}})

@@ -189,10 +189,8 @@ GRAPH_PLACES: Mapping[str, tuple[tuple[str | int, ...], Mapping[str, Any]]] = {
 GRAPH_SPECS: Mapping[tuple[str, str], Mapping[str, Any]] = {
     ("GraphSpec", "outputs"): MODULE,
     ("GraphSpec", "probabilities"): {**GRAPH, "task": "classification"},
-    ("GraphVariant", "percentile"): {
-        **GRAPH,
-        "variants": {"some": {"scheme": "int8", "method": "percentile"}},
-    },
+    ("GraphLimits", "min_top1_agreement"): {**GRAPH, "task": "classification"},
+    ("GraphLimits", "min_rank_correlation"): {**GRAPH, "task": "reranking"},
     ("GraphServing", "pad_to"): {**GRAPH, "serving": {"max_sequence_length": 256}},
     ("GraphOnnxRuntimeTarget", "backend"): {**GRAPH, "variants": {"some": {"scheme": "none"}}},
     ("GraphOnnxRuntimeTarget", "provider_options"): {
