@@ -169,7 +169,7 @@ class GraphVariant(VariantPart):
 
     scheme: GraphSchemeName
     method: Literal["entropy", "max", "percentile", "mse"] = Field(
-        default="entropy",
+        default="percentile",
         description="How an activation's range is chosen from its calibrated histogram (int8).",
     )
     percentile: float = Field(
@@ -315,6 +315,8 @@ class GraphSpec(SpecBase):
             raise ValueError(f"axes: the lengths of the dynamic axis {missing[0]!r} are missing")
         if unused := sorted(set(self.axes) - named) if self.inputs else []:
             raise ValueError(f"axes: no input has an axis {unused[0]!r}")
+        if bad := sorted(name for name in named if self.source.module and not name.isidentifier()):
+            raise ValueError(f"axes: {bad[0]!r} is not a name for PyTorch: letters, digits and _ only")
         names = [tensor.name for tensor in self.inputs] + list(self.outputs)
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"the name {twice[0]!r} is used for two inputs or outputs")
