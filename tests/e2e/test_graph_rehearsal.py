@@ -70,6 +70,17 @@ def test_a_package_passes_and_is_published(task: str, tmp_path: Path) -> None:
     assert [part.version for part in published.parts or (published,)] == [1] * len(report["models"])
 
 
+def test_a_class_with_an_empty_name_passes(tmp_path: Path) -> None:
+    step, inputs = params("classification"), write_inputs(tmp_path, "classification")
+    for part in ("signature", "engine"):
+        path = inputs[part] / "signature.json"
+        document = json.loads(path.read_text())
+        path.write_text(json.dumps(document | {"labels": ["", "", ""]}))
+    made = packaged(tmp_path, inputs, step)
+    report = rehearsed(tmp_path, {**inputs, "package": made}, step)
+    assert "label" in {check["name"] for check in report["checks"]}
+
+
 def edited(file: str, old: str, new: str) -> Callable[[Path], None]:
     """A fault: ``old`` in a file of the package becomes ``new``."""
 
