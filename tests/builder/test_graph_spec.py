@@ -79,6 +79,14 @@ WRONG: dict[str, tuple[Mapping[str, Any], str]] = {
         {**MODULE, "inputs": [{"name": "image", "shape": [3, "height"]}]},
         "input image: the first axis must be 'batch', seen: 3",
     ),
+    "an axis that PyTorch cannot name": (
+        {
+            **MODULE,
+            "inputs": [{"name": "image", "shape": ["batch", "the-height"]}],
+            "axes": {"the-height": {"max": 8}},
+        },
+        "axes: 'the-height' is not a name for PyTorch",
+    ),
     "an axis of no length": (
         {**MODULE, "inputs": [{"name": "image", "shape": ["batch", 0]}], "axes": {}},
         "input image: a length must be at least 1, seen: 0",

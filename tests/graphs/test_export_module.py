@@ -154,6 +154,16 @@ def test_the_module_may_import_files_beside_it_and_read_its_weights(tmp_path: Pa
     assert set(read_references(out)[0]["y"].reshape(-1).tolist()) == {8.0}
 
 
+def test_the_module_may_replace_the_import_path(tmp_path: Path) -> None:
+    exported(tmp_path, "import sys\nsys.path = sys.path[1:]\n" + LINEAR)
+
+
+def test_an_input_without_an_axis_beside_the_batch_is_refused(tmp_path: Path) -> None:
+    x = {"name": "x", "dtype": "float32", "shape": ["batch"]}
+    message = refused(tmp_path, LINEAR, SpecError, inputs=[x], axes={})
+    assert "input x of user_model.py:make has no axis but the batch" in message
+
+
 def test_an_axis_that_the_code_fixes_is_named(tmp_path: Path) -> None:
     message = refused(tmp_path, forward("return self.inner(x.reshape(-1, 4, 8))"))
     assert "axis 'width' was fixed by user_model.py:make; with a length of 2 it fails" in message
@@ -221,6 +231,15 @@ def test_an_unsupported_operator_is_named_with_its_module_and_line(tmp_path: Pat
             "output y of user_model.py:make has NaN or Inf",
         ),
         (forward("return self.inner(x).sum()"), "has shape [] for a batch of 3"),
+        (
+            forward("return self.inner(x).sum((1, 2))"),
+            "output y of user_model.py:make has no axis but the batch",
+        ),
+        (
+            "def make():\n    import warnings\n    warnings.simplefilter('ignore')\n"
+            "    return torch.jit.script(nn.Linear(8, 5).eval())",
+            "returned a TorchScript module",
+        ),
         (forward("raise ValueError('bad width')"), "does not take the samples"),
     ],
 )

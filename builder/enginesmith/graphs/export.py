@@ -13,7 +13,7 @@ from typing import Any, get_args
 
 import numpy as np
 
-from enginesmith.errors import SourceError
+from enginesmith.errors import SourceError, SpecError
 from enginesmith.graph_spec import TensorDtype
 from enginesmith.graphs.compare import (
     GraphRunError,
@@ -46,6 +46,11 @@ def run(context: StepContext) -> Mapping[str, Any]:
     params = context.params
     context.progress(None, "loading the model")
     original = _original(context)
+    if bare := [tensor.name for tensor in original.inputs if len(tensor.shape) == 1]:
+        raise SpecError(
+            f"input {bare[0]} of {original.what} has no axis but the batch, and Triton wants one more",
+            hint="give it one of length 1 in the model: [batch, 1]",
+        )
     batches = read_batches(context.inputs["samples"])
     probes = probes_of(original, batches[0])
     context.progress(0.2, "running the original model")
@@ -134,6 +139,11 @@ def _answer(original: Original, feeds: Arrays, probe: Probe | None) -> dict[str,
                 f"output {name} of {original.what} has shape {list(array.shape)} for a batch of {batch}; its first axis must be "
                 "the batch",
                 hint="Triton batches requests along the first axis of every input and output",
+            )
+        if array.ndim == 1:
+            raise SourceError(
+                f"output {name} of {original.what} has no axis but the batch, and Triton wants one more",
+                hint="give it one of length 1 in the model: [batch, 1]",
             )
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise SourceError(

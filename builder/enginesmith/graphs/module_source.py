@@ -11,6 +11,7 @@ import inspect
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +166,8 @@ def _made(path: Path, factory: str, what: str) -> Any:
             "from __file__, and name what it reads in source.files",
         ) from error
     finally:
-        sys.path.remove(str(path.parent))
+        with suppress(ValueError):  # The user's code may have put another list there.
+            sys.path.remove(str(path.parent))
 
 
 def _check_module(module: Any, what: str) -> None:
@@ -173,6 +175,11 @@ def _check_module(module: Any, what: str) -> None:
         raise SourceError(
             f"{what} returned {_described(module)}, not a torch.nn.Module",
             hint="return the module itself, with its weights loaded",
+        )
+    if isinstance(module, torch.jit.ScriptModule):
+        raise SourceError(
+            f"{what} returned a TorchScript module, which cannot be traced",
+            hint="return the torch.nn.Module that it was made of",
         )
     if training := [name for name, part in module.named_modules() if part.training]:
         where = f"its part {training[0]}" if training[0] else "it"
