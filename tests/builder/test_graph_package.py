@@ -157,7 +157,20 @@ def test_a_checkpoint_without_a_tokenizer_is_refused(tmp_path: Path, inputs: dic
     refuses(Context(tmp_path / "p", params(), inputs), SourceError, r"tokenizer\.json is missing")
 
 
+def test_cuda_options_are_where_tritons_backend_does_not_overwrite_them() -> None:
+    options = {"arena_extend_strategy": "kSameAsRequested", "gpu_mem_limit": "1073741824", "use_tf32": "0"}
+    config = engine_config(deployment(target={**CUDA_PROVIDER, "provider_options": options}))
+    (accelerator,) = config.optimization.execution_accelerators.gpu_execution_accelerator
+    assert (accelerator.name, dict(accelerator.parameters)) == ("cuda", {"use_tf32": "0"})
+    assert config.parameters["arena_extend_strategy"].string_value == "1"
+    assert config.parameters["gpu_mem_limit"].string_value == "1073741824"
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "a value that an option of CUDA has not": (
+        {"target": {**CUDA_PROVIDER, "provider_options": {"arena_extend_strategy": "1"}}},
+        "arena_extend_strategy is 1; allowed: kNextPowerOfTwo, kSameAsRequested",
+    ),
     "an unknown option": (
         {"target": {**TENSORRT_PROVIDER, "provider_options": {"trt_engine_cache": "1"}}},
         "knows no option trt_engine_cache .*\n.*trt_engine_cache_enable",

@@ -55,6 +55,14 @@ _SAME_NAMES = frozenset(
         "ep_context_embed_mode",
     ]
 )
+# For these the backend reads ``parameters`` of the model and, where there are any, overwrites the accelerator's with them or
+# with its defaults. What a value is called there; None: the same.
+_CUDA_PARAMETERS: Mapping[str, Mapping[str, str] | None] = {
+    "arena_extend_strategy": {"kNextPowerOfTwo": "0", "kSameAsRequested": "1"},
+    "cudnn_conv_algo_search": {"EXHAUSTIVE": "0", "HEURISTIC": "1", "DEFAULT": "2"},
+    "do_copy_in_default_stream": None,
+    "gpu_mem_limit": None,
+}
 _PRECISION_FLAGS = ("trt_fp16_enable", "trt_bf16_enable", "trt_int8_enable")
 _PRECISIONS: Mapping[str, str] = {"none": "FP32", "fp16": "FP16", "bf16": "BF16", "int8": "INT8"}
 
@@ -71,11 +79,26 @@ def with_provider(config: ModelConfig, deployment: Deployment) -> ModelConfig:
         case "cpu":
             return config
         case "cuda":
-            # With instances on GPUs the backend uses CUDA anyway; options need the accelerator to be named.
-            options = target.provider_options
-            return with_gpu_accelerator(config, "cuda", options) if options else config
+            return _with_cuda_options(config, target)
         case "tensorrt":
             return with_gpu_accelerator(config, "tensorrt", _tensorrt_parameters(deployment, target))
+
+
+def _with_cuda_options(config: ModelConfig, target: GraphOnnxRuntimeTarget) -> ModelConfig:
+    given = target.provider_options
+    # With instances on GPUs the backend uses CUDA anyway; other options need the accelerator to be named.
+    others = {name: value for name, value in given.items() if name not in _CUDA_PARAMETERS}
+    accelerated = ModelConfig()
+    accelerated.CopyFrom(with_gpu_accelerator(config, "cuda", others) if others else config)
+    for name, values in _CUDA_PARAMETERS.items():
+        if name in given:
+            value = given[name]
+            if values is not None and value not in values:
+                raise SpecError(
+                    f"target {target.name}: provider_options.{name} is {value}; allowed: {', '.join(values)}"
+                )
+            accelerated.parameters[name].string_value = value if values is None else values[value]
+    return accelerated
 
 
 def _tensorrt_parameters(deployment: Deployment, target: GraphOnnxRuntimeTarget) -> dict[str, str]:
