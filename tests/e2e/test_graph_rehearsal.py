@@ -166,6 +166,19 @@ def test_a_fault_is_found(name: str, tmp_path: Path) -> None:
     assert not any((tmp_path / "rehearsal/out").iterdir())
 
 
+@pytest.mark.parametrize("places", [(0, 1), (0, 2), (1, 2)])
+def test_names_of_classes_in_each_others_place_are_found(places: tuple[int, int], tmp_path: Path) -> None:
+    step, inputs = params("classification"), write_inputs(tmp_path / "inputs", "classification")
+    made = packaged(tmp_path, inputs, step)
+    (path,) = (made / "tiny-v").glob("labels-*.txt")
+    lines = path.read_text().splitlines()
+    first, second = places
+    lines[first], lines[second] = lines[second], lines[first]
+    path.write_text("\n".join(lines) + "\n")
+    with pytest.raises(GateError, match="label: asked"):
+        rehearsed(tmp_path, {**inputs, "package": made}, step)
+
+
 def tensorrt_engine(directory: Path, step: Mapping[str, Any], **changes: Any) -> Path:
     """What the compile step leaves, as far as it can be without a GPU: ``model.plan`` is not read by anyone here."""
     longest, batch = step["serving"]["max_sequence_length"], step["serving"]["max_batch_size"]

@@ -207,20 +207,22 @@ def _refused_before(deployment: Deployment, answer: Answer) -> bool:
 
 
 def _check_labels(ask: Asking, subject: Subject) -> list[Check]:
-    """Triton's classification extension names the highest class."""
+    """Triton's classification extension names every class, the highest first."""
     deployment, request = subject.deployment, subject.requests[0]
     labels = deployment.signature.labels
     output = next((one for one in deployment.signature.outputs if one.dims == (len(labels),)), None)
     if not labels or output is None:
         return []
     best = int(subject.answer(request)[output.name][0].argmax())
-    seen = ask(deployment.name, request, classes=1)
+    seen = ask(deployment.name, request, classes=len(labels))
     said = [bytes(value).decode() for value in seen.outputs.get(output.name, np.zeros(0)).ravel()]
-    label = " ".join(labels[best].split())
+    named = [one.partition(":")[2] for one in said]
     # A class with an empty name has none for Triton.
-    expected = f":{best}:{label}" if label else f":{best}"
-    passed = len(said) == 1 and said[0].endswith(expected)
-    return [Check("label", f"highest class of {output.name}", expected, str(said or seen.shown()), passed)]
+    words = [label.split() for label in labels]
+    expected = [f"{index}:{' '.join(label)}" if label else str(index) for index, label in enumerate(words)]
+    passed = named[:1] == [expected[best]] and sorted(named) == sorted(expected)
+    shown = f"{expected[best]} first of {sorted(expected)}"
+    return [Check("label", f"classes of {output.name}", shown, str(said or seen.shown()), passed)]
 
 
 def _check_cache(ask: Asking, subject: Subject) -> list[Check]:
