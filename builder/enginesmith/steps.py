@@ -143,7 +143,9 @@ def _graph_modules(*names: str) -> tuple[str, ...]:
 
 
 _SAMPLING = (
-    *_graph_modules("samples", "tensor_samples", "onnx_source", "original", "compare", "naming", "signature"),
+    *_graph_modules(
+        "samples", "tensor_samples", "onnx_source", "original", "compare", "naming", "planned", "signature"
+    ),
     "enginesmith.corpora",
     "enginesmith.checkpoints.tensors",
 )

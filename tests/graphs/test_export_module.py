@@ -46,6 +46,7 @@ def forward(body: str, *, parameters: str = "self, x") -> str:
 
 def exported(tmp_path: Path, source: str, *, samples: Mapping[str, Any] | None = None, **params: Any) -> Path:
     """The ``export`` artifact of ``make`` in a file with this source."""
+    tmp_path.mkdir(exist_ok=True)
     path = tmp_path / "user_model.py"
     path.write_text(HEAD + textwrap.dedent(source))
     batch = samples or {"x": np.random.default_rng(0).normal(size=(3, 4, 8)).astype(np.float32)}
@@ -152,6 +153,15 @@ def test_the_module_may_import_files_beside_it_and_read_its_weights(tmp_path: Pa
     )
     out = exported(tmp_path, source, samples={"x": np.ones((3, 4, 8), np.float32)})
     assert set(read_references(out)[0]["y"].reshape(-1).tolist()) == {8.0}
+
+
+def test_a_module_or_a_file_of_it_that_changed_after_the_plan_is_refused(tmp_path: Path) -> None:
+    message = refused(tmp_path / "one", LINEAR, module_sha256="of other content")
+    assert "user_model.py changed after the build was planned" in message
+    (tmp_path / "two" / "parts").mkdir(parents=True)
+    (tmp_path / "two" / "parts" / "layer.py").write_text("WIDTH = 8\n")
+    message = refused(tmp_path / "two", LINEAR, files={"parts": "of other content"})
+    assert "parts changed after the build was planned" in message
 
 
 def test_the_module_may_replace_the_import_path(tmp_path: Path) -> None:

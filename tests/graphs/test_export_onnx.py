@@ -13,6 +13,7 @@ import pytest
 from encoder_factory import Context
 from onnx import helper, numpy_helper
 
+from enginesmith.digests import file_digest
 from enginesmith.errors import EnginesmithError, SourceError, SpecError
 from enginesmith.graphs.export import read_references, run
 from enginesmith.graphs.signature import AxisRange, read_signature
@@ -59,7 +60,7 @@ def exported(tmp_path: Path, path: Path, **params: Any) -> Path:
         np.savez(tmp_path / "samples" / "batches" / f"{number:03d}.npz", x=batch)
     out = tmp_path / "out"
     out.mkdir()
-    beside = {entry.name: "its digest" for entry in path.parent.glob(f"{path.name}?*")}
+    beside = {entry.name: file_digest(entry) for entry in path.parent.glob(f"{path.name}?*")}
     keyed = {"task": "tensors", "inputs": [], "outputs": [], "axes": AXES, "onnx_data": beside}
     run(
         Context(
@@ -130,6 +131,23 @@ def test_weights_in_a_file_of_another_name_are_refused(tmp_path: Path) -> None:
         tmp_path / "model.onnx", save_as_external_data=True, location="weights.bin", size_threshold=0
     )
     assert "keeps w in 'weights.bin'" in refused(tmp_path, path)
+
+
+@pytest.mark.parametrize("changed", ["model.onnx", "model.onnx.data"])
+def test_a_file_that_changed_after_the_plan_is_refused(tmp_path: Path, changed: str) -> None:
+    path = projection(
+        tmp_path / "model.onnx",
+        save_as_external_data=True,
+        location="model.onnx.data",
+        size_threshold=0,
+    )
+    planned = {
+        "onnx_sha256": file_digest(path),
+        "onnx_data": {"model.onnx.data": file_digest(tmp_path / "model.onnx.data")},
+    }
+    with (tmp_path / changed).open("ab") as file:
+        file.write(b"\n")
+    assert f"{changed} changed after the build was planned" in refused(tmp_path, path, **planned)
 
 
 def test_missing_weights_are_refused(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from enginesmith.graphs.compare import (
 )
 from enginesmith.graphs.graph_file import check_graph, described_outputs, write_graph
 from enginesmith.graphs.original import Arrays, Original
+from enginesmith.graphs.planned import check_planned
 from enginesmith.graphs.samples import read_batches
 from enginesmith.graphs.signature import MODEL_FILE, Signature
 from enginesmith.steps import StepContext
@@ -39,11 +40,12 @@ def run(context: StepContext) -> Mapping[str, Any]:
     """Write graph, signature and references; the facts are those of ``export.json``.
 
     Raises:
-        SourceError: the model cannot be loaded, run or exported, or the graph fixes an axis that should be dynamic.
+        SourceError: a file changed since the plan; the model cannot be loaded, run or exported, or the graph fixes an axis that should be dynamic.
         SpecError: the spec's inputs, outputs or axes do not fit the model.
         StepFailedError: the exported graph computes something else than the model.
     """
     params = context.params
+    check_planned(params)
     context.progress(None, "loading the model")
     original = _original(context)
     if bare := [tensor.name for tensor in original.inputs if len(tensor.shape) == 1]:

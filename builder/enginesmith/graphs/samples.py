@@ -20,6 +20,7 @@ import numpy.typing as npt
 from enginesmith.checkpoints.tensors import read_json_object
 from enginesmith.corpora import corpus_sha256, load_documents
 from enginesmith.errors import SourceError
+from enginesmith.graphs.planned import check_planned
 from enginesmith.graphs.tensor_samples import tensor_batches
 from enginesmith.steps import StepContext
 
@@ -45,6 +46,7 @@ def run(context: StepContext) -> Mapping[str, Any]:
         SpecError: a dynamic axis of an ONNX file has no lengths.
     """
     params = context.params
+    check_planned(params)
     (context.out / BATCHES_DIRECTORY).mkdir()
     if params["task"] == "tensors":
         facts: dict[str, Any] = {}
