@@ -114,6 +114,16 @@ def test_a_program_that_dies_at_once_is_reported_with_its_status_and_words(tmp_p
         instance.wait_ready(timeout_s=60)
 
 
+@server
+def test_a_cache_that_does_not_fit_into_memory_is_said(tmp_path: Path) -> None:
+    write_model(tmp_path / "models", "echo")
+    with (
+        TritonServer(tmp_path / "models", cache_bytes=1 << 60, log_path=tmp_path / "log") as instance,
+        pytest.raises(ServerError, match=r"(?s)could not be initialized\n.*[Cc]ache"),
+    ):
+        instance.wait_ready(timeout_s=60)
+
+
 def test_serving_an_empty_repository_says_how_to_fill_it(tmp_path: Path) -> None:
     with pytest.raises(ServerError, match=r"(?s)no model in .*hint: enginesmith build"):
         serve_forever(tmp_path, on_progress=lambda fraction, note: None)

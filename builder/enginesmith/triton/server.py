@@ -303,6 +303,13 @@ class TritonServer:
             self._request("GET", "/v2/health/live")
         except (OSError, http.client.HTTPException):
             return False
+        except ServerError as error:
+            # It answers only when it has loaded what it can; what it could not initialize stays so.
+            self._keep_log = True
+            raise ServerError(
+                f"tritonserver could not be initialized\n{tail(self.log_path)}",
+                hint=f"the whole log: {self.log_path}",
+            ) from error
         return True
 
     def _request(self, method: str, path: str) -> Any:
