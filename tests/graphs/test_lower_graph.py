@@ -126,6 +126,35 @@ def test_a_gemm_whose_bias_is_broadcast_stays_qdq(
     np.testing.assert_allclose(GraphRuntime(engine).run(batch)["y"], wanted, rtol=1e-5, atol=1e-5)
 
 
+def test_what_a_branch_reads_is_kept_as_it_was(tmp_path: Path) -> None:
+    """A norm and a product whose results an If reads: nothing is folded into them, nothing of them is dropped."""
+
+    def branch(name: str, nodes: list[onnx.NodeProto]) -> onnx.GraphProto:
+        return helper.make_graph(
+            nodes, name, [], [helper.make_tensor_value_info(nodes[-1].output[0], TensorProto.FLOAT, None)]
+        )
+
+    branches = {
+        "then_branch": branch("then", [node("Add", ["product", "normed"], "both")]),
+        "else_branch": branch("else", [node("Identity", ["normed"], "one")]),
+    }
+    nodes = [
+        node("LayerNormalization", ["x", "gamma"], "normed", axis=-1),
+        node("MatMul", ["normed", "w"], "product"),
+        node("Add", ["product", "b"], "biased"),
+        node("If", ["yes"], "chosen", **branches),
+        node("Add", ["chosen", "biased"], "y"),
+    ]
+    constants = {"gamma": random(16), "w": random(16, 16), "b": random(16, seed=8), "yes": np.array(True)}
+    shape = ["n", "s", 16]
+    model = graph_of(nodes, constants, inputs={"x": shape}, outputs={"y": shape})
+    made, engine = engine_of(tmp_path, model, smoothing=0.5)
+    exact, lowered = outputs_of(model, BATCHES), outputs_of(made, BATCHES)
+    for batch, wanted, quantized in zip(BATCHES, exact, lowered, strict=True):
+        assert np.linalg.norm(quantized - wanted) < 0.02 * np.linalg.norm(wanted)
+        np.testing.assert_allclose(GraphRuntime(engine).run(batch)["y"], quantized, rtol=1e-4, atol=1e-4)
+
+
 def test_an_activation_that_something_else_reads_as_codes_stays_qdq(tmp_path: Path) -> None:
     made, _ = engine_of(tmp_path, linear(random(16, 8)))
     model = load_model(made)

@@ -87,7 +87,7 @@ class EditableGraph:
         self._producers = {name: node for node in self.graph.node for name in node.output}
         self._consumers: dict[str, list[onnx.NodeProto]] = {}
         for node in self.graph.node:
-            for name in dict.fromkeys(node.input):
+            for name in sorted(names_read(node)):
                 self._consumers.setdefault(name, []).append(node)
 
     @property
@@ -147,9 +147,7 @@ class EditableGraph:
         copies = [_copied(node) for node in nodes]
         del self.graph.node[:]
         self.graph.node.extend(copies)
-        used = {name for node in copies for name in node.input} | self.output_names
-        for node in copies:
-            used.update(_captured(node))
+        used = self.output_names.union(*map(names_read, copies))
         kept = [tensor for tensor in self.graph.initializer if tensor.name in used]
         if len(kept) != len(self.graph.initializer):
             copied = [_copied_tensor(tensor) for tensor in kept]
@@ -200,6 +198,11 @@ def has_subgraphs(node: onnx.NodeProto) -> bool:
     return any(
         entry.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS) for entry in node.attribute
     )
+
+
+def names_read(node: onnx.NodeProto) -> set[str]:
+    """What the node reads, also inside of its branches and loops; some of these names are their own."""
+    return {*node.input, *_captured(node)}
 
 
 def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:

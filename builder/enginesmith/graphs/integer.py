@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from enginesmith.graphs.editing import Array, EditableGraph, attribute
+from enginesmith.graphs.editing import Array, EditableGraph, attribute, names_read
 
 _DOMAIN = "com.microsoft"
 _OFFSET = 128
@@ -192,5 +192,5 @@ def _live(nodes: Sequence[onnx.NodeProto], outputs: set[str]) -> list[onnx.NodeP
     for node in reversed(nodes):
         if any(name in used for name in node.output):
             kept.append(node)
-            used.update(node.input)
+            used |= names_read(node)
     return kept[::-1]
