@@ -150,6 +150,20 @@ def test_a_file_that_changed_after_the_plan_is_refused(tmp_path: Path, changed: 
     assert f"{changed} changed after the build was planned" in refused(tmp_path, path, **planned)
 
 
+def test_a_constant_in_a_file_of_another_name_is_refused(tmp_path: Path) -> None:
+    stored = constant("k", np.ones(5, np.float32))
+    (tmp_path / "other.bin").write_bytes(stored.raw_data)
+    stored.ClearField("raw_data")
+    stored.data_location = onnx.TensorProto.EXTERNAL
+    stored.external_data.add(key="location", value="other.bin")
+    nodes = [
+        helper.make_node("Constant", [], ["k"], value=stored),
+        helper.make_node("Mul", ["h", "k"], ["y"]),
+    ]
+    path = projection(tmp_path / "model.onnx", nodes=nodes)
+    assert "model.onnx keeps k in 'other.bin'" in refused(tmp_path, path)
+
+
 def test_missing_weights_are_refused(tmp_path: Path) -> None:
     path = projection(
         tmp_path / "model.onnx", save_as_external_data=True, location="model.onnx.data", size_threshold=0

@@ -5,7 +5,7 @@ The file itself, in ONNX Runtime as it is written, is the original that everythi
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -116,7 +116,7 @@ def _unreadable(path: Path, error: Exception) -> SourceError:
 
 
 def _refuse_unplanned_data(model: Any, path: Path, data_files: Collection[str]) -> None:
-    for tensor in model.graph.initializer:
+    for tensor in _stored_tensors(model.graph):
         for entry in tensor.external_data:
             if entry.key == "location" and entry.value not in data_files:
                 raise SourceError(
@@ -125,6 +125,16 @@ def _refuse_unplanned_data(model: Any, path: Path, data_files: Collection[str]) 
                     hint=f"call the file {path.name}.data: onnx.save_model(..., save_as_external_data=True, "
                     f"location='{path.name}.data'); a change of it is seen only so",
                 )
+
+
+def _stored_tensors(graph: Any) -> Iterator[Any]:
+    """Every constant of the graph, also those of its ``Constant`` nodes and of the graphs inside of it."""
+    yield from graph.initializer
+    for node in graph.node:
+        for entry in node.attribute:
+            yield from (*([entry.t] if entry.HasField("t") else []), *entry.tensors)
+            for inner in (*([entry.g] if entry.HasField("g") else []), *entry.graphs):
+                yield from _stored_tensors(inner)
 
 
 def _refuse_foreign_operators(graph: Any, path: Path) -> None:
