@@ -73,7 +73,7 @@ class Settings:
     window_s: float
 
 
-RECORD = Settings(rounds=7, runs=8, window_s=4.0)
+RECORD = Settings(rounds=5, runs=3, window_s=2.0)
 QUICK = Settings(rounds=2, runs=2, window_s=1.0)
 
 
