@@ -89,8 +89,8 @@ def test_quick_start_runs_as_it_is_written(quick_started: tuple[Path, str]) -> N
     said, _, rest = printed.partition("PYTHON\n")
     answer_from_python = rest.partition("ENDED\n")[0]
     assert "verify" in said, "plan lists the steps"
-    assert "int4-awq" in said, "make engines shows its tables"
-    assert "mean cosine" in said
+    assert "int4-awq" in said, "build shows its table"
+    assert "mean cosine" in said, "make engines shows its table"
     assert said.splitlines()[-1].strip(), "ask prints an answer"
     assert answer_from_python.strip()
     assert (checkout / "model_repository" / "smollm2-135m-int4-awq" / "1" / "model.onnx").is_file()
