@@ -70,11 +70,12 @@ class Settings:
 
     rounds: int
     runs: int
-    window_s: float
+    requests: int
+    """Short texts of one measurement with one in flight; four times as many with more, a tenth of full batches."""
 
 
-RECORD = Settings(rounds=5, runs=3, window_s=2.0)
-QUICK = Settings(rounds=2, runs=2, window_s=1.0)
+RECORD = Settings(rounds=4, runs=3, requests=160)
+QUICK = Settings(rounds=2, runs=2, requests=40)
 
 
 @dataclass(frozen=True)
@@ -214,13 +215,14 @@ class _ServedBench:
         """Rounds of: full batches served and in this process, then short texts one at a time and 16 in flight."""
         rounds = max(1, self._settings.rounds // 2)
         served, raw, single, many = [], [], [], []
+        count = self._settings.requests
         for number in range(1, rounds + 1):
             say(f"{self._model}: round {number}/{rounds}")
             raw.append(_rate(self._runtime, self._batch, SERVED_TOKENS, runs=2 * self._settings.runs))
-            served.append(self._perf(self._model, self._rows(), concurrency=2, batch_size=self._batch))
+            served.append(self._perf(self._model, self._rows(), concurrency=2, requests=count // 10))
             texts = [{"TEXT": [text]} for text in TEXTS]
-            single.append(self._perf(f"{self._model}-text", texts, concurrency=1))
-            many.append(self._perf(f"{self._model}-text", texts, concurrency=CONCURRENCY))
+            single.append(self._perf(f"{self._model}-text", texts, concurrency=1, requests=count))
+            many.append(self._perf(f"{self._model}-text", texts, concurrency=CONCURRENCY, requests=4 * count))
         return {
             "batch": self._batch,
             "tokens": SERVED_TOKENS,
@@ -239,22 +241,17 @@ class _ServedBench:
         ]
 
     def _perf(
-        self,
-        model: str,
-        rows: Sequence[Mapping[str, Sequence[Any]]],
-        *,
-        concurrency: int,
-        batch_size: int = 1,
+        self, model: str, rows: Sequence[Mapping[str, Sequence[Any]]], *, concurrency: int, requests: int
     ) -> float:
+        """Rows per second; of the model itself in full batches."""
         return run_perf_analyzer(
             model,
             rows,
             grpc_url=self._grpc_url,
             concurrency=concurrency,
-            batch_size=batch_size,
+            batch_size=self._batch if model == self._model else 1,
             out_dir=self._scratch,
-            window_s=self._settings.window_s,
-            stability_percent=20.0,
+            request_count=requests,
             tool=self._tool,
         ).throughput_per_s
 

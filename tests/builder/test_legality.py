@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 from enginesmith.checkpoints.validate import dimensions_of
 from enginesmith.checks import check_legal
 from enginesmith.errors import SourceError, SpecError
+from enginesmith.graph_legality import check_graph_targets
+from enginesmith.graph_spec import GraphSpec
 from enginesmith.legality import check_targets
 from enginesmith.model_fit import variant_bytes
 from enginesmith.platforms import (
@@ -392,5 +394,10 @@ def test_specs_of_the_project_are_legal() -> None:
         "num_hidden_layers": 30,
         "vocab_size": 49152,
     }
-    for path in (Path(__file__).parents[2] / "models").glob("*.yaml"):
-        check_targets(load_spec(path), smollm2)
+    specs = [load_spec(path) for path in (Path(__file__).parents[2] / "models").glob("*.yaml")]
+    assert {type(spec) for spec in specs} == {ModelSpec, GraphSpec}
+    for spec in specs:
+        if isinstance(spec, GraphSpec):
+            check_graph_targets(spec)
+        else:
+            check_targets(spec, smollm2)
