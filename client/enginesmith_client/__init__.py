@@ -1,5 +1,6 @@
 """A thin, typed client for models that NVIDIA Triton serves."""
 
+from enginesmith_client._aio import AsyncClient
 from enginesmith_client._client import Client
 from enginesmith_client._errors import (
     ConnectError,
@@ -22,10 +23,12 @@ from enginesmith_client._messages import (
     RankedDocument,
     TensorMetadata,
 )
+from enginesmith_client._settings import Tls
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AsyncClient",
     "BatchStatistics",
     "Classification",
     "Client",
@@ -43,5 +46,6 @@ __all__ = [
     "RankedDocument",
     "ServerError",
     "TensorMetadata",
+    "Tls",
     "TritonClientError",
 ]

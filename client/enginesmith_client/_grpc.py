@@ -1,214 +1,88 @@
-"""The gRPC transport: Triton's protobuf messages over one channel.
-
-Uses the messages and the stub that tritonclient ships, and not its ``InferenceServerClient``: that one drops
-the cause of an error, ties BF16 to ml_dtypes and copies tensors once more.
-"""
+"""The gRPC transport for threads, over the messages and stubs of tritonclient."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import grpc  # type: ignore[import-untyped]
-from google.protobuf.message import Message
-from tritonclient.grpc import service_pb2, service_pb2_grpc
+from tritonclient.grpc import service_pb2_grpc
 
 from enginesmith_client._address import Address
 from enginesmith_client._deadline import Deadline
-from enginesmith_client._errors import Call, InvalidInput, ServerError, Status, error_from_status
-from enginesmith_client._messages import InferReply, InferRequest, Json, WireTensor
-
-_CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
-    ("grpc.max_send_message_length", -1),
-    ("grpc.max_receive_message_length", -1),
-    # The default backoff grows to 120 s, so a client that waits for a server would sleep long after it is up.
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 1000),
-    # Without this, channels to one address share a connection and its backoff with each other.
-    ("grpc.use_local_subchannel_pool", 1),
-    # A proxy for web traffic is not a way to an inference server; the HTTP transport ignores them as well.
-    ("grpc.enable_http_proxy", 0),
+from enginesmith_client._errors import Call, error_from_status
+from enginesmith_client._grpc_messages import (
+    CHANNEL_OPTIONS,
+    RPCS,
+    error_from_rpc,
+    is_final,
+    message_from_request,
+    reply_from_message,
 )
-_MAX_MESSAGE_BYTES = 2**31 - 1
-
-_STATUSES: dict[grpc.StatusCode, Status] = {
-    grpc.StatusCode.INVALID_ARGUMENT: "invalid_argument",
-    grpc.StatusCode.NOT_FOUND: "not_found",
-    grpc.StatusCode.UNAVAILABLE: "unavailable",
-    grpc.StatusCode.RESOURCE_EXHAUSTED: "unavailable",
-    grpc.StatusCode.DEADLINE_EXCEEDED: "deadline",
-    grpc.StatusCode.UNIMPLEMENTED: "unimplemented",
-}
-# gRPC uses UNAVAILABLE for a connection that it could not make or keep, and so does Triton for a full queue.
-# Nothing but the text of the library tells them apart (grpcio 1.85: no metadata either way).
-_CONNECTION_TEXTS = (
-    "failed to connect",
-    "errors resolving",
-    "name resolution",
-    "dns resolution",
-    "socket closed",
-    "connection reset",
-    "connection refused",
-    "connection aborted",
-    "broken pipe",
-    "recvmsg",
-    "sendmsg",
-    "goaway",
-    "endpoint closing",
-    "stream removed",
-    "transport closed",
-    "keepalive",
-    "ping timeout",
-)
+from enginesmith_client._messages import InferReply, InferRequest
+from enginesmith_client._operations import Operation, described
+from enginesmith_client._settings import ConnectionSettings
 
 
 class GrpcTransport:
     """Speaks KServe v2 with Triton's extensions over gRPC."""
 
-    def __init__(self, address: Address) -> None:
+    def __init__(self, address: Address, settings: ConnectionSettings) -> None:
         self._address = str(address)
-        self._channel = grpc.insecure_channel(address.authority, options=_CHANNEL_OPTIONS)
+        self._settings = settings
+        self._channel = grpc.insecure_channel(address.authority, options=CHANNEL_OPTIONS)
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
 
-    def server_ready(self, deadline: Deadline) -> bool:
-        reply = self._call(
-            self._stub.ServerReady,
-            service_pb2.ServerReadyRequest(),
-            self._describe("the readiness check", deadline),
-            deadline,
-        )
-        return bool(reply.ready)
+    def perform(self, operation: Operation, deadline: Deadline) -> Any:
+        rpc = RPCS[type(operation)]
+        message = rpc.message(operation)
+        try:
+            reply = getattr(self._stub, rpc.method)(message, timeout=deadline.remaining_s())
+        except grpc.RpcError as error:
+            model = getattr(operation, "model", None) or None
+            call = Call(self._address, described(operation), deadline.timeout_s, model)
+            raise error_from_rpc(error, call) from error
+        return rpc.reply(reply)
 
-    def model_ready(self, model: str, version: str, deadline: Deadline) -> bool:
-        message = service_pb2.ModelReadyRequest(name=model, version=version)
-        call = self._describe("the readiness check", deadline, model)
-        return bool(self._call(self._stub.ModelReady, message, call, deadline).ready)
-
-    def metadata(self, model: str, version: str, deadline: Deadline) -> Json:
-        message = service_pb2.ModelMetadataRequest(name=model, version=version)
-        call = self._describe("reading the metadata", deadline, model)
-        return json_from_message(self._call(self._stub.ModelMetadata, message, call, deadline))
-
-    def config(self, model: str, version: str, deadline: Deadline) -> Json:
-        message = service_pb2.ModelConfigRequest(name=model, version=version)
-        call = self._describe("reading the configuration", deadline, model)
-        return json_from_message(self._call(self._stub.ModelConfig, message, call, deadline).config)
-
-    def statistics(self, model: str, version: str, deadline: Deadline) -> Json:
-        message = service_pb2.ModelStatisticsRequest(name=model, version=version)
-        call = self._describe("reading the statistics", deadline, model)
-        return json_from_message(self._call(self._stub.ModelStatistics, message, call, deadline))
-
-    def index(self, deadline: Deadline) -> Json:
-        call = self._describe("reading the repository index", deadline)
-        return json_from_message(
-            self._call(self._stub.RepositoryIndex, service_pb2.RepositoryIndexRequest(), call, deadline)
-        )
-
-    def infer(self, request: InferRequest, deadline: Deadline) -> InferReply:
+    def open(self, request: InferRequest, deadline: Deadline) -> GrpcReplyStream:
         message = message_from_request(request)
-        reply = self._call(
-            self._stub.ModelInfer, message, self._describe("inference", deadline, request.model), deadline
-        )
-        return reply_from_message(reply)
+        message.parameters["triton_enable_empty_final_response"].bool_param = True
+        answers = self._stub.ModelStreamInfer(iter([message]), timeout=deadline.remaining_s())
+        call = Call(self._address, f"inference of model {request.model!r}", deadline.timeout_s, request.model)
+        return GrpcReplyStream(answers, call)
 
     def close(self) -> None:
         self._channel.close()
 
-    def _describe(self, action: str, deadline: Deadline, model: str | None = None) -> Call:
-        return Call(
-            self._address, f"{action} of model {model!r}" if model else action, deadline.timeout_s, model
-        )
 
-    def _call(self, method: Callable[..., Any], message: Message, call: Call, deadline: Deadline) -> Any:
+class GrpcReplyStream:
+    """The answers to one request."""
+
+    def __init__(self, answers: Any, call: Call) -> None:
+        self._answers = answers
+        self._call = call
+        self._ended = False
+
+    def receive(self) -> InferReply | None:
+        if self._ended:
+            return None
         try:
-            return method(message, timeout=deadline.remaining_s())
+            answer = next(self._answers, None)
         except grpc.RpcError as error:
-            raise error_from_status(
-                _status(error), error.details() or error.code().name, call=call
-            ) from error
+            self._ended = True
+            raise error_from_rpc(error, self._call) from error
+        if answer is None:
+            self._ended = True
+            raise error_from_status("unreachable", "the stream ended before its last answer", call=self._call)
+        if answer.error_message:
+            self.close()
+            raise error_from_status("internal", answer.error_message, call=self._call)
+        reply = answer.infer_response
+        if is_final(reply):
+            self.close()
+            if not reply.outputs:
+                return None
+        return reply_from_message(reply)
 
-
-def message_from_request(request: InferRequest) -> Message:
-    """The ``ModelInferRequest`` of an inference."""
-    size_bytes = sum(len(tensor.data) for tensor in request.inputs)
-    if size_bytes >= _MAX_MESSAGE_BYTES:
-        raise InvalidInput(
-            f"the inputs are {size_bytes} bytes; a gRPC message holds at most {_MAX_MESSAGE_BYTES}",
-            hint="send smaller batches, or use HTTP",
-        )
-    message = service_pb2.ModelInferRequest(
-        model_name=request.model, model_version=request.version, id=request.id
-    )
-    for tensor in request.inputs:
-        message.inputs.add(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape)
-        message.raw_input_contents.append(tensor.data)
-    for name in request.outputs:
-        output = message.outputs.add(name=name)
-        if request.classes:
-            output.parameters["classification"].int64_param = request.classes
-    for name, value in request.parameters.items():
-        # bool is an int in Python, so it comes first.
-        if isinstance(value, bool):
-            message.parameters[name].bool_param = value
-        elif isinstance(value, int):
-            message.parameters[name].int64_param = value
-        elif isinstance(value, float):
-            message.parameters[name].double_param = value
-        else:
-            message.parameters[name].string_param = value
-    return message  # type: ignore[no-any-return]
-
-
-def reply_from_message(message: Any) -> InferReply:
-    """The reply in a ``ModelInferResponse``."""
-    if len(message.outputs) != len(message.raw_output_contents):
-        raise ServerError(
-            f"the answer of model {message.model_name!r} has {len(message.outputs)} outputs and {len(message.raw_output_contents)} raw contents",
-            hint="the server must answer with raw_output_contents, as Triton does",
-        )
-    tensors = zip(message.outputs, message.raw_output_contents, strict=True)
-    outputs = tuple(
-        WireTensor(tensor.name, tensor.datatype, tuple(tensor.shape), data) for tensor, data in tensors
-    )
-    return InferReply(message.model_name, message.model_version, message.id, outputs)
-
-
-def json_from_message(message: Message) -> dict[str, Any]:
-    """A protobuf message as the JSON that Triton's HTTP endpoint gives for it.
-
-    ``google.protobuf.json_format`` writes 64-bit integers as strings, and the name of its option for default
-    values depends on the version of protobuf.
-    """
-    return {
-        field.name: _json_from_field(message, field)
-        for field in message.DESCRIPTOR.fields
-        if _is_written(message, field)
-    }
-
-
-def _is_written(message: Message, field: Any) -> bool:
-    return message.HasField(field.name) if field.has_presence else True
-
-
-def _json_from_field(message: Message, field: Any) -> Any:
-    value = getattr(message, field.name)
-    if field.message_type is not None and field.message_type.GetOptions().map_entry:
-        inner = field.message_type.fields_by_name["value"]
-        return {str(key): _json_from_value(value[key], inner) for key in value}
-    if isinstance(value, (Message, str, bytes, int, float)):
-        return _json_from_value(value, field)
-    return [_json_from_value(element, field) for element in value]
-
-
-def _json_from_value(value: Any, field: Any) -> Any:
-    if isinstance(value, Message):
-        return json_from_message(value)
-    return field.enum_type.values_by_number[value].name if field.enum_type is not None else value
-
-
-def _status(error: grpc.RpcError) -> Status:
-    code, detail = error.code(), (error.details() or "").lower()
-    if code is grpc.StatusCode.UNAVAILABLE and any(text in detail for text in _CONNECTION_TEXTS):
-        return "unreachable"
-    return _STATUSES.get(code, "internal")
+    def close(self) -> None:
+        self._ended = True
+        self._answers.cancel()

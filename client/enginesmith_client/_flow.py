@@ -1,0 +1,160 @@
+"""Calls without input and output: a *flow* is a generator that yields steps and is sent their results.
+
+So every call is written once, and threads and tasks share it: ``run`` does the steps and waits, ``run_async`` awaits
+them. An error of a step is thrown into the flow, which may catch it. A flow never blocks by itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeAlias, TypeVar
+
+from enginesmith_client._deadline import Deadline
+from enginesmith_client._errors import TritonClientError
+from enginesmith_client._messages import InferRequest
+from enginesmith_client._operations import Operation
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Perform an operation. Result: its reply."""
+
+    transport: Any
+    """A ``Transport`` in threads, an ``AsyncTransport`` in tasks; flows only pass it on."""
+    operation: Operation
+    deadline: Deadline
+
+
+@dataclass(frozen=True, slots=True)
+class Open:
+    """Send a request to a decoupled model. Result: a ``ReplyStream`` or ``AsyncReplyStream``."""
+
+    transport: Any
+    request: InferRequest
+    deadline: Deadline
+
+
+@dataclass(frozen=True, slots=True)
+class Receive:
+    """Wait for the next answer of a stream. Result: an ``InferReply``, or None after the last."""
+
+    stream: Any
+
+
+@dataclass(frozen=True, slots=True)
+class CloseStream:
+    """End a stream. Result: None."""
+
+    stream: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """Wait. Result: None."""
+
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Together:
+    """Run flows at the same time, at most ``at_once``. Result: the list of their results; the first error ends it."""
+
+    flows: Sequence[Flow[Any]]
+    at_once: int
+
+
+Step: TypeAlias = "Send | Open | Receive | CloseStream | Pause | Together"
+Result = TypeVar("Result")
+Flow: TypeAlias = Generator[Step, Any, Result]
+
+
+def run(flow: Flow[Result]) -> Result:
+    """The result of ``flow``, its steps done in this thread."""
+    try:
+        step = next(flow)
+        while True:
+            try:
+                result = _act(step)
+            except TritonClientError as error:
+                step = flow.throw(error)
+            else:
+                step = flow.send(result)
+    except StopIteration as end:
+        return end.value  # type: ignore[no-any-return]
+    finally:
+        flow.close()
+
+
+async def run_async(flow: Flow[Result]) -> Result:
+    """The result of ``flow``, its steps awaited; cancelling the task ends the flow where it is."""
+    try:
+        step = next(flow)
+        while True:
+            try:
+                result = await _act_async(step)
+            except TritonClientError as error:
+                step = flow.throw(error)
+            else:
+                step = flow.send(result)
+    except StopIteration as end:
+        return end.value  # type: ignore[no-any-return]
+    finally:
+        flow.close()
+
+
+def _act(step: Step) -> Any:
+    if isinstance(step, Send):
+        return step.transport.perform(step.operation, step.deadline)
+    if isinstance(step, Receive):
+        return step.stream.receive()
+    if isinstance(step, Open):
+        return step.transport.open(step.request, step.deadline)
+    if isinstance(step, Pause):
+        return time.sleep(step.seconds)
+    if isinstance(step, CloseStream):
+        return step.stream.close()
+    return _together(step)
+
+
+def _together(step: Together) -> list[Any]:
+    with ThreadPoolExecutor(min(step.at_once, len(step.flows))) as pool:
+        answers = [pool.submit(run, flow) for flow in step.flows]
+        try:
+            return [answer.result() for answer in answers]
+        finally:
+            for answer in answers:
+                answer.cancel()
+
+
+async def _act_async(step: Step) -> Any:
+    if isinstance(step, Send):
+        return await step.transport.perform(step.operation, step.deadline)
+    if isinstance(step, Receive):
+        return await step.stream.receive()
+    if isinstance(step, Open):
+        return await step.transport.open(step.request, step.deadline)
+    if isinstance(step, Pause):
+        return await asyncio.sleep(step.seconds)
+    if isinstance(step, CloseStream):
+        return await step.stream.close()
+    return await _together_async(step)
+
+
+async def _together_async(step: Together) -> list[Any]:
+    room = asyncio.Semaphore(step.at_once)
+
+    async def one(flow: Flow[Any]) -> Any:
+        async with room:
+            return await run_async(flow)
+
+    tasks = [asyncio.ensure_future(one(flow)) for flow in step.flows]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
