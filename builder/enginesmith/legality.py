@@ -10,11 +10,13 @@ import difflib
 import importlib.metadata
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from packaging.version import Version
 
 from enginesmith.errors import SpecError
+from enginesmith.kv_memory import KvShape, kv_cache_bytes, require_kv_memory
 from enginesmith.model_fit import check_fit
 from enginesmith.platforms import GPUS, TOOLCHAINS, Execution, GpuRuntime, Toolchain, execution_on
 from enginesmith.schemes import SCHEMES, SchemeName
@@ -36,7 +38,7 @@ def check_targets(
     toolchains: Mapping[str, Toolchain] = TOOLCHAINS,
     modelopt_version: str | None = None,
 ) -> None:
-    """Return if every GPU target of ``spec`` can execute its variants.
+    """Return if every target of ``spec`` can execute its variants.
 
     Args:
         hf_config: the checkpoint's ``config.json``; without it, only what does not depend on the model is judged.
@@ -48,6 +50,8 @@ def check_targets(
     """
     for target in spec.targets:
         if isinstance(target, OnnxRuntimeTarget):
+            if hf_config is not None:
+                _check_kv_memory(target, spec.serving, hf_config)
             continue
         variants = {
             name: variant
@@ -71,6 +75,20 @@ def check_targets(
         if isinstance(target, TensorRtLlmTarget):
             _check_attention(target, variants)
             _check_plugins(target, variants, came_as_named=hf_config is not None)
+
+
+def _check_kv_memory(target: OnnxRuntimeTarget, serving: Serving, hf_config: Mapping[str, Any]) -> None:
+    if target.kv_cache.max_bytes is None:
+        return
+    from enginesmith.checkpoints.validate import (  # Loads numpy, which most plans need not.
+        architecture_of,
+        dimensions_of,
+    )
+
+    path = Path("config.json")  # For messages; where it lies is the source's business.
+    sizes = dimensions_of(hf_config, architecture_of(hf_config, path), path)
+    shape = KvShape(sizes.layers, sizes.kv_heads, sizes.head_dim)
+    require_kv_memory(target.kv_cache, serving, kv_cache_bytes(target.kv_cache, serving, shape))
 
 
 def _check_toolchain(target: GpuTarget, toolchains: Mapping[str, Toolchain]) -> None:

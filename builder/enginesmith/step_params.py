@@ -132,14 +132,27 @@ def corpus_params(
     return {"dataset": corpus.dataset, **keyed, "revision": corpus.revision}, None
 
 
+# A model that batches in flight forms no batches beforehand and answers in no order.
+_NOT_BATCHED = {
+    "preferred_batch_sizes": True,
+    "max_queue_delay_us": True,
+    "preserve_ordering": True,
+}
+_NOT_PACKAGED_SERVING: dict[str, Any] = {
+    "dynamic_batching": {**_NOT_BATCHED, "queue_policy": {"timeout_action", "allow_timeout_override"}},
+}
+
+
 def package_params(spec: ModelSpec, name: str, target: OnnxRuntimeTarget) -> Params:
     """How Triton serves an ONNX Runtime engine."""
     return {
         "model_name": spec.triton_name(name),
         "variant": name,
         "scheme": spec.variants[name].scheme,
-        "serving": spec.serving.model_dump(mode="json"),
+        "serving": spec.serving.model_dump(mode="json", exclude=_NOT_PACKAGED_SERVING),
         "threads": target.threads,
+        "kv_cache": target.kv_cache.model_dump(mode="json"),
+        "prefill_chunk_tokens": target.prefill_chunk_tokens,
     }
 
 
@@ -166,9 +179,7 @@ _NOT_LLMAPI: dict[str, Any] = {**_NOT_DEPLOYED, "toolchain": True}
 _NOT_LLMAPI_SERVING: dict[str, Any] = {
     "instances": True,
     "dynamic_batching": {
-        "preferred_batch_sizes": True,
-        "max_queue_delay_us": True,
-        "preserve_ordering": True,
+        **_NOT_BATCHED,
         "queue_policy": {"default_timeout_us", "timeout_action", "allow_timeout_override"},
     },
 }

@@ -131,7 +131,7 @@ _GRAPH_MODELS = tuple(
 )
 _GRAPH_REPOSITORY = (
     "enginesmith.triton.graph",
-    "enginesmith.triton.package",
+    "enginesmith.triton.package_checks",
     "enginesmith.triton.config",
     "enginesmith.triton.placement",
     "enginesmith.graphs.signature",
@@ -331,6 +331,8 @@ STEP_KINDS: Mapping[StepName, StepKind] = {
             ("protobuf", "tritonclient"),
             (
                 "enginesmith.triton.package",
+                "enginesmith.triton.package_checks",
+                "enginesmith.kv_memory",
                 "enginesmith.triton.config",
                 "enginesmith.triton.placement",
                 _RUNTIME,
@@ -405,7 +407,7 @@ STEP_KINDS: Mapping[StepName, StepKind] = {
             ("protobuf", "tritonclient", "pyyaml"),
             (
                 "enginesmith.triton.llmapi",
-                "enginesmith.triton.package",
+                "enginesmith.triton.package_checks",
                 "enginesmith.triton.config",
                 "enginesmith.triton.placement",
                 "enginesmith.triton.launch",

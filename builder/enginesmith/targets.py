@@ -20,6 +20,30 @@ TARGET_NAME = r"^[a-z0-9][a-z0-9_-]{0,30}$"
 _MODEL_PREFIX = r"^([a-z0-9_.-]|\{name\}|\{variant\}|\{target\}){0,60}$"
 
 
+class KvCacheMemory(Part):
+    """The key/value memory of each instance of an ONNX Runtime engine: a slot for every running row, and prefixes to reuse."""
+
+    reuse: bool = Field(default=True, description="Keep the blocks of prompts, for prompts that begin alike.")
+    reuse_tokens: int = Field(
+        default=4096, ge=16, description="Tokens that are kept for reuse, beside those of running requests."
+    )
+    tokens_per_block: Literal[16, 32, 64, 128] = Field(
+        default=32, description="Prompts share whole blocks of so many tokens."
+    )
+    max_bytes: int | None = Field(
+        default=None, ge=1, description="A build that needs more key/value memory per instance is refused."
+    )
+
+    @model_validator(mode="after")
+    def _a_block_fits(self) -> KvCacheMemory:
+        if self.reuse and self.reuse_tokens < self.tokens_per_block:
+            raise ValueError(
+                f"reuse_tokens {self.reuse_tokens} hold no block of tokens_per_block {self.tokens_per_block}; "
+                "raise it, or set reuse: false"
+            )
+        return self
+
+
 class OnnxRuntimeTarget(TargetPart):
     """ONNX Runtime engines, served by Triton's Python backend."""
 
@@ -31,6 +55,12 @@ class OnnxRuntimeTarget(TargetPart):
         description="fast: INT8 activations inside the weight-only kernels and an 8-bit output head. exact: FP32 activations.",
     )
     threads: int = Field(default=0, ge=0, description="Intra-op threads of each instance; 0 means all cores.")
+    kv_cache: KvCacheMemory = KvCacheMemory()
+    prefill_chunk_tokens: int = Field(
+        default=256,
+        ge=16,
+        description="Prompt tokens computed at most between two tokens of running answers: long prompts do not stall them.",
+    )
 
 
 class Parallelism(Part):

@@ -34,6 +34,7 @@ def llm_config(serving: Serving = SERVING) -> ModelConfig:
         dynamic_batching=serving.dynamic_batching,
         instances=serving.instances,
         parameters={"scheme": "int4_awq", "variant": "int4-awq"},
+        decoupled=True,
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import pytest
 
 from enginesmith.errors import GateError, SourceError, SpecError
 from enginesmith.spec import Serving
+from enginesmith.targets import KvCacheMemory
 from enginesmith.triton.config import parse_config
 from enginesmith.triton.package import run
 
@@ -21,7 +21,7 @@ class Context:
     """A step's context without a build."""
 
     root: Path
-    params: Mapping[str, Any]
+    params: dict[str, Any]
     inputs: dict[str, Path] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -54,10 +54,13 @@ def context(tmp_path: Path) -> Context:
         "scheme": "int8_wo",
         "serving": serving.model_dump(mode="json"),
         "threads": 2,
+        "kv_cache": KvCacheMemory().model_dump(mode="json"),
+        "prefill_chunk_tokens": 128,
     }
     made = Context(tmp_path, params)
-    for name in ("model.onnx", "exact.onnx", "weights.bin", "engine.json"):
+    for name in ("model.onnx", "exact.onnx", "weights.bin"):
         (made.inputs["engine"] / name).write_text(name)
+    (made.inputs["engine"] / "engine.json").write_text('{"layers": 3, "kv_heads": 2, "head_dim": 8}')
     for name in ("tokenizer.json", "tokenizer_config.json", "model.safetensors"):
         (made.inputs["checkpoint"] / name).write_text(name)
     (made.inputs["checkpoint"] / "config.json").write_text(json.dumps({"max_position_embeddings": 64}))
@@ -88,9 +91,14 @@ def test_the_package_is_a_complete_model_directory(context: Context) -> None:
         "default_max_tokens": 9,
         "max_batch_size": 4,
         "threads": 2,
+        "max_queue_size": 0,
+        "queue_timeout_us": 0,
+        "prefill_chunk_tokens": 128,
+        "kv_cache": {"reuse": True, "reuse_tokens": 4096, "tokens_per_block": 32},
     }
     config = parse_config((model / "config.pbtxt").read_text())
     assert (config.name, config.backend, config.max_batch_size) == ("tiny-int8", "python", 4)
+    assert config.model_transaction_policy.decoupled
     assert config.parameters["scheme"].string_value == "int8_wo"
     assert facts["model_name"] == "tiny-int8"
     assert facts["package_bytes"] == sum(path.stat().st_size for path in model.rglob("*") if path.is_file())
@@ -124,3 +132,45 @@ def test_a_checkpoint_without_a_tokenizer_is_refused(context: Context) -> None:
     (context.inputs["checkpoint"] / "tokenizer.json").unlink()
     with pytest.raises(SourceError, match=r"tokenizer\.json is missing"):
         run(context)
+
+
+def test_limits_of_the_queue_go_to_the_model_and_not_to_triton(context: Context) -> None:
+    """The model takes every request at once, so that Triton's own queue is always empty."""
+    policy = {"max_queue_size": 7, "default_timeout_us": 2_000_000}
+    context.params["serving"]["dynamic_batching"] = {"max_queue_delay_us": 9000, "queue_policy": policy}
+    run(context)
+    model = context.out / "tiny-int8"
+    limits = json.loads((model / "1/serving.json").read_text())
+    assert (limits["max_queue_size"], limits["queue_timeout_us"]) == (7, 2_000_000)
+    batching = parse_config((model / "config.pbtxt").read_text()).dynamic_batching
+    assert batching.max_queue_delay_microseconds == 0
+    assert not batching.HasField("default_queue_policy")
+
+
+@pytest.mark.parametrize(
+    ("kv_cache", "tokens"),
+    [
+        ({}, 4 * 64 + 4096),
+        ({"reuse": False}, 4 * 64),
+        ({"reuse_tokens": 100, "tokens_per_block": 32}, 4 * 64 + 96),
+    ],
+    ids=["default", "no reuse", "whole blocks only"],
+)
+def test_key_value_memory_is_the_slots_and_what_is_kept_for_reuse(
+    context: Context, kv_cache: dict[str, Any], tokens: int
+) -> None:
+    context.params["kv_cache"] = kv_cache | {
+        name: value for name, value in KvCacheMemory().model_dump(mode="json").items() if name not in kv_cache
+    }
+    assert run(context)["kv_cache_bytes"] == tokens * 3 * 2 * 2 * 8 * 4
+
+
+def test_more_key_value_memory_than_the_spec_allows_is_refused_with_its_parts(context: Context) -> None:
+    context.params["kv_cache"] |= {"max_bytes": 384 * 1000}
+    with pytest.raises(
+        SpecError,
+        match=r"takes 1671168 bytes, but kv_cache\.max_bytes is 384000: 384 bytes for each of 256 tokens \(max_batch_size 4 x "
+        r"max_sequence_length 64\) and 4096 tokens to reuse(?s:.*)it holds 1000 tokens",
+    ):
+        run(context)
+    assert not any(context.out.iterdir())

@@ -103,8 +103,20 @@ REFERENCES: Changed = {("reference", None)} | _all(("reference",), QUANTIZED)
 
 MATRIX: dict[str, tuple[Document, Changed]] = {
     "serving": ({"serving": {"max_batch_size": 4}}, _all(("package", "rehearse"), VARIANTS)),
-    "queue delay": (
+    "queue delay means nothing in flight": (
         {"serving": {"dynamic_batching": {"max_queue_delay_us": 1}}},
+        set(),
+    ),
+    "queue size": (
+        {"serving": {"dynamic_batching": {"queue_policy": {"max_queue_size": 8}}}},
+        _all(("package", "rehearse"), VARIANTS),
+    ),
+    "key/value memory": (
+        {"targets": [{"runtime": "onnxruntime", "kv_cache": {"reuse_tokens": 64}}]},
+        _all(("package", "rehearse"), VARIANTS),
+    ),
+    "prefill chunks": (
+        {"targets": [{"runtime": "onnxruntime", "prefill_chunk_tokens": 64}]},
         _all(("package", "rehearse"), VARIANTS),
     ),
     "threads": (

@@ -91,6 +91,7 @@ PLACES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "LlmApiTarget": (("target",), ("LlmApiTarget",)),
     "Parallelism": (("target", "parallelism"), ("TensorRtLlmTarget", "LlmApiTarget")),
     "KvCachePool": (("target", "kv_cache"), ("TensorRtLlmTarget", "LlmApiTarget")),
+    "KvCacheMemory": (("target", "kv_cache"), ("OnnxRuntimeTarget",)),
     "Nccl": (("target", "nccl"), ("TensorRtLlmTarget", "LlmApiTarget")),
     "Plugins": (("target", "plugins"), ("TensorRtLlmTarget",)),
     "Serving": (("serving",), tuple(OF_TARGET)),

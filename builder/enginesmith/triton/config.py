@@ -75,22 +75,48 @@ class WarmupSample:
 
 
 LLM_INPUTS = (
-    Tensor("text_input", "TYPE_STRING"),
+    Tensor("text_input", "TYPE_STRING", optional=True),
+    Tensor("messages", "TYPE_STRING", optional=True),
+    Tensor("apply_chat_template", "TYPE_BOOL", optional=True),
     Tensor("max_tokens", "TYPE_INT32", optional=True),
+    Tensor("min_tokens", "TYPE_INT32", optional=True),
     Tensor("temperature", "TYPE_FP32", optional=True),
     Tensor("top_k", "TYPE_INT32", optional=True),
     Tensor("top_p", "TYPE_FP32", optional=True),
     Tensor("repetition_penalty", "TYPE_FP32", optional=True),
+    Tensor("presence_penalty", "TYPE_FP32", optional=True),
+    Tensor("frequency_penalty", "TYPE_FP32", optional=True),
     Tensor("seed", "TYPE_UINT64", optional=True),
     Tensor("stop_words", "TYPE_STRING", (-1,), optional=True, ragged=True),
-    Tensor("apply_chat_template", "TYPE_BOOL", optional=True),
+    Tensor("bad_words", "TYPE_STRING", (-1,), optional=True, ragged=True),
+    Tensor("end_id", "TYPE_INT32", optional=True),
+    Tensor("pad_id", "TYPE_INT32", optional=True),
+    Tensor("beam_width", "TYPE_INT32", optional=True),
+    Tensor("stream", "TYPE_BOOL", optional=True),
+    Tensor("return_log_probs", "TYPE_BOOL", optional=True),
+    Tensor("exclude_input_in_output", "TYPE_BOOL", optional=True),
+    Tensor("return_num_input_tokens", "TYPE_BOOL", optional=True),
+    Tensor("return_num_output_tokens", "TYPE_BOOL", optional=True),
+    Tensor("return_perf_metrics", "TYPE_BOOL", optional=True),
 )
+"""Inputs of a text-generation model, named and typed as in NVIDIA's ``tensorrt_llm_bls`` where it has them too."""
 LLM_OUTPUTS = (
-    Tensor("text_output", "TYPE_STRING"),
+    Tensor("text_output", "TYPE_STRING", (-1,)),
     Tensor("finish_reason", "TYPE_STRING"),
     Tensor("num_input_tokens", "TYPE_INT32"),
     Tensor("num_output_tokens", "TYPE_INT32"),
+    Tensor("cum_log_probs", "TYPE_FP32", (-1,)),
+    Tensor("output_log_probs", "TYPE_FP32", (-1, -1)),
+    Tensor("output_tokens", "TYPE_STRING", (-1,)),
+    Tensor("kv_cache_reused_blocks", "TYPE_INT32"),
+    Tensor("kv_cache_alloc_new_blocks", "TYPE_INT32"),
+    Tensor("kv_cache_alloc_total_blocks", "TYPE_INT32"),
+    Tensor("arrival_time_ns", "TYPE_INT64"),
+    Tensor("first_scheduled_time_ns", "TYPE_INT64"),
+    Tensor("first_token_time_ns", "TYPE_INT64"),
+    Tensor("last_token_time_ns", "TYPE_INT64"),
 )
+"""A response carries the first four; log-probabilities and times where the request asks for them."""
 
 
 def model_config(

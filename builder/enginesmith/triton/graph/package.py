@@ -24,7 +24,7 @@ from enginesmith.triton.config import config_text, parse_config
 from enginesmith.triton.graph.configs import engine_config, reads_pairs, text_config, tokenizer_config
 from enginesmith.triton.graph.deployment import Deployment, read_deployment, runtime_of
 from enginesmith.triton.graph.warmup import warmup_of
-from enginesmith.triton.package import require_passed
+from enginesmith.triton.package_checks import require_passed
 from enginesmith.triton.placement import place_file, tree_files
 
 ENGINE_FILE = "engine.json"

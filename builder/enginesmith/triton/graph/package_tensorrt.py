@@ -15,7 +15,7 @@ from enginesmith.errors import GateError, SourceError
 from enginesmith.graphs.signature import Signature, read_signature
 from enginesmith.steps import StepContext
 from enginesmith.triton.graph.deployment import Deployment, read_deployment
-from enginesmith.triton.package import require_passed
+from enginesmith.triton.package_checks import require_passed
 from enginesmith.triton.placement import contents_digest, place_file, place_tree, tree_contents, tree_files
 
 PLAN_FILE, ENGINE_FILE = "model.plan", "engine.json"

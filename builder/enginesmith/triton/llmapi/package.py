@@ -21,7 +21,7 @@ from enginesmith.triton.config import config_text, parse_config
 from enginesmith.triton.launch import deployment_of, write_deployment
 from enginesmith.triton.llmapi.config import llmapi_config
 from enginesmith.triton.llmapi.options import CHECKPOINT_DIRECTORY, model_yaml
-from enginesmith.triton.package import require_passed, require_positions
+from enginesmith.triton.package_checks import require_passed, require_positions
 from enginesmith.triton.placement import place_tree, tree_files
 
 _REQUIRED_FILES = ("config.json", "tokenizer.json")
