@@ -178,6 +178,8 @@ class InferRequest:
     parameters: Mapping[str, Parameter]
     classes: int = 0
     """Above 0: the outputs as Triton's classification extension gives them, this many classes of each row."""
+    metadata: ModelMetadata | None = None
+    """Of the model, for the answers to a decoupled one over HTTP: their JSON has no datatypes of its own."""
 
 
 @dataclass(frozen=True)
