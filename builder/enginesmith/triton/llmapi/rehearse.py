@@ -111,8 +111,9 @@ def place_stand_in(scratch: Path, engine: Path | None) -> tuple[Path, Journal]:
     models = importlib.resources.files("enginesmith.triton.models")
     with importlib.resources.as_file(models / "llmapi_twin" / "tensorrt_llm") as package:
         shutil.copytree(package, python / "tensorrt_llm", ignore=shutil.ignore_patterns("__pycache__"))
-    with importlib.resources.as_file(models / "llm_onnxruntime" / "llm_runtime.py") as runtime:
-        shutil.copyfile(runtime, python / "llm_runtime.py")
+    for name in ("llm_runtime.py", "llm_sampling.py", "llm_prefix.py"):
+        with importlib.resources.as_file(models / "llm_onnxruntime" / name) as module:
+            shutil.copyfile(module, python / name)
     journal = Journal(scratch / "journal.jsonl", scratch / "hold")
     told = {
         "engine": None if engine is None else str(engine),

@@ -1,12 +1,12 @@
 """Generation with one ONNX Runtime session and a batch whose members come and go at any token.
 
-Self-contained: it is copied into the version directory of the served model and needs numpy, onnxruntime,
-tokenizers and jinja2. It reads ``engine.json`` and ``model.onnx`` beside it and knows nothing of Triton.
+Self-contained: with ``llm_sampling`` and ``llm_prefix`` it is copied into the version directory of the served model
+and needs numpy and onnxruntime. It reads ``engine.json`` and ``model.onnx`` beside it and knows nothing of Triton.
 
 Every running sequence owns a slot: a contiguous slice of the key/value buffers ``[slots, kv_heads, capacity,
-head_dim]``, one pair per layer. Running sequences occupy the first slots. A new sequence is prefilled alone
-into the next slot; one decoding step then advances all of them, each at its own length. The buffers are bound as
-both past and present, so attention appends in place and nothing is copied between steps.
+head_dim]``, one pair per layer. Running sequences occupy the first slots. A new sequence is prefilled alone, at once
+or a few tokens at a time, in the first slot behind them; one decoding step then advances all of them, each at its own
+length. The buffers are bound as both past and present, so attention appends in place and nothing is copied between steps.
 """
 
 from __future__ import annotations
@@ -14,16 +14,41 @@ from __future__ import annotations
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-Logits = npt.NDArray[np.float32]
+if TYPE_CHECKING or __package__:
+    from enginesmith.triton.models.llm_onnxruntime.llm_prefix import PrefixCache
+    from enginesmith.triton.models.llm_onnxruntime.llm_sampling import (
+        Generation,
+        Logits,
+        NonFiniteLogitsError,
+        Sampling,
+        choose_token,
+        log_probability,
+    )
+else:  # Beside the engine, where there is no package.
+    from llm_prefix import PrefixCache
+    from llm_sampling import (
+        Generation,
+        Logits,
+        NonFiniteLogitsError,
+        Sampling,
+        choose_token,
+        log_probability,
+    )
+
+__all__ = [
+    "Generation", "Logits", "NonFiniteLogitsError", "PromptTooLongError", "Runtime", "Sampling", "choose_token",
+    "create_session", "kv_cache_bytes",
+]  # fmt: skip
+
 ENGINE_FORMAT = 1
 """The ``format`` of ``engine.json`` that is understood here."""
 
@@ -32,65 +57,33 @@ class PromptTooLongError(ValueError):
     """The prompt leaves no room for an answer."""
 
 
-class NonFiniteLogitsError(RuntimeError):
-    """The engine produced NaN or Inf."""
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen. The defaults are greedy."""
-
-    max_tokens: int = 128
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        allowed = {
-            "max_tokens": (self.max_tokens >= 1, "at least 1"),
-            "temperature": (0 <= self.temperature <= 100, "from 0 (greedy) to 100"),
-            "top_k": (self.top_k >= 0, "at least 0 (0: off)"),
-            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
-            "repetition_penalty": (0 < self.repetition_penalty <= 100, "above 0 and at most 100"),
-            "seed": (self.seed >= 0, "at least 0"),
-        }
-        for name, (valid, text) in allowed.items():
-            if not valid:
-                raise ValueError(f"{name} is {getattr(self, name)}; allowed: {text}")
-
-
 @dataclass
-class Generation:
-    """One running or finished sequence."""
+class _Prefill:
+    """A sequence on its way into the batch; ``done`` tokens of its prompt are in slot ``slot``."""
 
-    prompt: Sequence[int]
-    sampling: Sampling
-    tokens: list[int] = field(default_factory=list)
-    finish_reason: str | None = None
-    on_token: Callable[[Generation], bool] | None = None
-    """Called after every token; returning True ends the sequence (a stop string was found)."""
-    random: np.random.Generator = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.random = np.random.default_rng(self.sampling.seed)
-
-    @property
-    def length(self) -> int:
-        """Tokens in the key/value cache."""
-        return len(self.prompt) + len(self.tokens) - 1
+    sequence: Generation
+    slot: int
+    done: int
 
 
 class Runtime:
     """An engine ready to generate.
 
-    ``slots`` sequences run at once, each of at most ``capacity`` tokens, prompt and answer together. The key/value
-    memory is bounded by ``slots x capacity`` and is taken from the system as it is first written.
+    ``slots`` sequences run at once, each of at most ``capacity`` tokens, prompt and answer together. ``reuse_tokens``
+    tokens of finished prompts are kept for prompts that begin the same way, in blocks of ``tokens_per_block``. The
+    key/value memory is bounded by both (``kv_cache_bytes``) and is taken from the system as it is first written.
     """
 
     def __init__(
-        self, directory: Path, *, slots: int, capacity: int, threads: int = 0, graph: str = "model.onnx"
+        self,
+        directory: Path,
+        *,
+        slots: int,
+        capacity: int,
+        threads: int = 0,
+        graph: str = "model.onnx",
+        reuse_tokens: int = 0,
+        tokens_per_block: int = 32,
     ) -> None:
         self.engine: dict[str, Any] = json.loads((directory / "engine.json").read_text())
         if self.engine["format"] != ENGINE_FORMAT:
@@ -102,11 +95,23 @@ class Runtime:
                 f"capacity {capacity} exceeds the model's {self.engine['max_positions']} positions"
             )
         self.slots, self.capacity = slots, capacity
+        self.end_ids = frozenset(self.engine["eos_token_ids"])
         self._session = create_session(directory / graph, self.engine, threads)
-        self._eos = frozenset(self.engine["eos_token_ids"])
-        shape = (slots, self.engine["kv_heads"], capacity, self.engine["head_dim"])
-        names = [f"{layer}.{part}" for layer in range(self.engine["layers"]) for part in ("key", "value")]
-        self._cache = {name: np.zeros(shape, np.float32) for name in names}
+        self._names = [
+            f"{layer}.{part}" for layer in range(self.engine["layers"]) for part in ("key", "value")
+        ]
+        heads, width = self.engine["kv_heads"], self.engine["head_dim"]
+        # One array, so that a slice of all layers is copied at once; each [index] is one layer's buffer.
+        self._cache = np.zeros((len(self._names), slots, heads, capacity, width), np.float32)
+        self.prefixes = (
+            PrefixCache(
+                blocks=reuse_tokens // tokens_per_block,
+                tokens_per_block=tokens_per_block,
+                shape=(len(self._names), heads, width),
+            )
+            if reuse_tokens >= tokens_per_block
+            else None
+        )
         self._ids = np.zeros((slots, 1), np.int64)
         self._mask = np.zeros((slots, capacity), np.int64)
         # Bindings hold addresses only: what they point to must live as long as they do.
@@ -114,18 +119,38 @@ class Runtime:
         self._logits = np.zeros((slots, 1, self.engine["vocab_size"]), np.float32)
         self._bindings: dict[int, ort.IOBinding] = {}
         self.running: list[Generation] = []
+        self._prefill: _Prefill | None = None
+
+    @property
+    def kv_cache_bytes(self) -> int:
+        """The memory that keys and values can take, slots and prefix cache together."""
+        return self._cache.nbytes + (self.prefixes.nbytes if self.prefixes else 0)
 
     @property
     def free_slots(self) -> int:
         """How many more sequences can start now."""
-        return self.slots - len(self.running)
+        return self.slots - len(self.running) - (self._prefill is not None)
+
+    @property
+    def prefilling(self) -> Generation | None:
+        """The sequence that was admitted and whose prompt is not computed yet."""
+        return self._prefill.sequence if self._prefill else None
 
     def start(self, sequence: Generation) -> None:
         """Prefill ``sequence`` and choose its first token.
 
         Raises:
             PromptTooLongError: the prompt fills the slot.
-            NonFiniteLogitsError: the engine produced NaN or Inf.
+        """
+        self.admit(sequence)
+        self.prefill(len(sequence.prompt))
+
+    def admit(self, sequence: Generation) -> None:
+        """Give ``sequence`` a slot; ``prefill`` then computes its prompt. One sequence at a time is prefilled.
+
+        Raises:
+            PromptTooLongError: the prompt fills the slot.
+            ValueError: the prompt has no tokens.
         """
         if not sequence.prompt:
             raise ValueError("the prompt has no tokens")
@@ -133,22 +158,32 @@ class Runtime:
             raise PromptTooLongError(
                 f"the prompt has {len(sequence.prompt)} tokens; at most {self.capacity - 1} fit"
             )
-        assert self.free_slots, "start() needs a free slot"
-        slot, length = len(self.running), len(sequence.prompt)
-        binding = self._session.io_binding()
-        ids = np.array([sequence.prompt], np.int64)
-        mask = np.ones((1, length), np.int64)
-        logits = np.empty((1, 1, self._logits.shape[2]), np.float32)
-        _bind_input(binding, "input_ids", ids)
-        _bind_input(binding, "attention_mask", mask)
-        _bind_input(binding, "logits_to_keep", self._logits_to_keep)
-        self._bind_cache(binding, slot, slot + 1)
-        _bind_output(binding, "logits", logits)
-        self._session.run_with_iobinding(binding)
-        self.running.append(sequence)
-        self._mask[slot] = 0
-        self._mask[slot, :length] = 1
-        self._accept(slot, logits[0, 0])
+        assert self.free_slots and self._prefill is None, (
+            "admit() needs a free slot and no unfinished prefill"
+        )
+        if sequence.sampling.end_ids is None:
+            sequence.end_ids = self.end_ids
+        slot = len(self.running)
+        if self.prefixes is not None:
+            sequence.reused_tokens = self.prefixes.load(sequence.prompt, self._cache[:, slot])
+        self._prefill = _Prefill(sequence, slot, sequence.reused_tokens)
+
+    def prefill(self, max_tokens: int) -> int:
+        """Compute up to ``max_tokens`` more of the admitted prompt; returns how many. The last one joins the batch.
+
+        After the last token of the prompt the first one of the answer is chosen.
+        """
+        prefill = self._prefill
+        assert prefill is not None, "prefill() needs an admitted sequence"
+        prompt = prefill.sequence.prompt
+        start = prefill.done
+        stop = min(len(prompt), start + max_tokens)
+        logits = self._compute(prompt[start:stop], prefill.slot, before=start)
+        prefill.done = stop
+        if stop == len(prompt):
+            self._prefill = None
+            self._join(prefill, logits)
+        return stop - start
 
     def step(self) -> None:
         """Advance every running sequence by one token."""
@@ -164,7 +199,7 @@ class Runtime:
         """Remove and return the finished sequences; the last running ones move into their slots."""
         finished = [sequence for sequence in self.running if sequence.finish_reason is not None]
         slot = 0
-        while slot < len(self.running):
+        while finished and slot < len(self.running):
             if self.running[slot].finish_reason is None:
                 slot += 1
                 continue
@@ -174,16 +209,24 @@ class Runtime:
                 self.running[slot] = last
         return finished
 
+    def drop_prefill(self) -> None:
+        """Give up the sequence that is being prefilled."""
+        self._prefill = None
+
     def run(self, generations: Sequence[Generation]) -> None:
-        """Bring all ``generations`` to their end, as many at once as there are slots."""
+        """Bring all ``generations`` to their end, as many at once as there are slots.
+
+        Raises:
+            NonFiniteLogitsError: the engine produced NaN or Inf for one of them.
+        """
         waiting = deque(generations)
         while waiting or self.running:
             while waiting and self.free_slots:
                 self.start(waiting.popleft())
-            self.retire()
+            self._retire_sound()
             if self.running:
                 self.step()
-                self.retire()
+                self._retire_sound()
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Generation]:
         """Generate for all ``prompts``; results are in their order."""
@@ -194,20 +237,57 @@ class Runtime:
     def clear(self) -> None:
         """Forget every running sequence."""
         self.running.clear()
+        self._prefill = None
+
+    def _retire_sound(self) -> None:
+        for sequence in self.retire():
+            if sequence.error is not None:
+                raise sequence.error
+
+    def _join(self, prefill: _Prefill, logits: Logits) -> None:
+        slot, length = len(self.running), len(prefill.sequence.prompt)
+        if slot != prefill.slot:  # Others left while it was prefilled.
+            self._cache[:, slot, :, :length] = self._cache[:, prefill.slot, :, :length]
+        self._mask[slot] = 0
+        self._mask[slot, :length] = 1
+        self.running.append(prefill.sequence)
+        self._accept(slot, logits)
+        if self.prefixes is not None and prefill.sequence.error is None:
+            self.prefixes.store(prefill.sequence.prompt, self._cache[:, slot])
+
+    def _compute(self, tokens: Sequence[int], slot: int, *, before: int) -> Logits:
+        """Logits [vocabulary] after ``tokens``, which follow ``before`` others in ``slot``."""
+        binding = self._session.io_binding()
+        ids = np.array([tokens], np.int64)
+        mask = np.ones((1, before + len(tokens)), np.int64)
+        logits: Logits = np.empty((1, self._logits.shape[2]), np.float32)
+        _bind_input(binding, "input_ids", ids)
+        _bind_input(binding, "attention_mask", mask)
+        _bind_input(binding, "logits_to_keep", self._logits_to_keep)
+        self._bind_cache(binding, slot, slot + 1)
+        _bind_output(binding, "logits", logits[None])
+        self._session.run_with_iobinding(binding)
+        chosen: Logits = logits[0]
+        return chosen
 
     def _accept(self, slot: int, logits: Logits) -> None:
         sequence = self.running[slot]
-        token = choose_token(logits, sequence)
+        try:
+            token = choose_token(logits, sequence)
+        except NonFiniteLogitsError as error:
+            sequence.error, sequence.finish_reason = error, "error"
+            return
         sequence.tokens.append(token)
+        if sequence.sampling.logprobs:
+            sequence.logprobs.append(log_probability(logits, token))
         stopped = sequence.on_token is not None and sequence.on_token(sequence)
-        if token in self._eos or stopped:
+        if token in sequence.end_ids or stopped:
             sequence.finish_reason = "stop"
         elif len(sequence.tokens) >= sequence.sampling.max_tokens or sequence.length + 1 >= self.capacity:
             sequence.finish_reason = "length"
 
     def _move(self, source: int, target: int, length: int) -> None:
-        for cache in self._cache.values():
-            cache[target, :, :length] = cache[source, :, :length]
+        self._cache[:, target, :, :length] = self._cache[:, source, :, :length]
         self._mask[target] = self._mask[source]
 
     def _binding(self, count: int) -> ort.IOBinding:
@@ -223,9 +303,15 @@ class Runtime:
         return self._bindings[count]
 
     def _bind_cache(self, binding: ort.IOBinding, start: int, stop: int) -> None:
-        for name, cache in self._cache.items():
+        for name, cache in zip(self._names, self._cache, strict=True):
             _bind_input(binding, f"past_key_values.{name}", cache[start:stop])
             _bind_output(binding, f"present.{name}", cache[start:stop])
+
+
+def kv_cache_bytes(engine: Mapping[str, Any], *, slots: int, capacity: int, reuse_tokens: int = 0) -> int:
+    """The memory that a ``Runtime`` takes at most for keys and values, in bytes; ``engine`` is ``engine.json``."""
+    token_bytes = int(engine["layers"]) * 2 * int(engine["kv_heads"]) * int(engine["head_dim"]) * 4
+    return token_bytes * (slots * capacity + reuse_tokens)
 
 
 def create_session(path: Path, engine: dict[str, Any], threads: int) -> ort.InferenceSession:
@@ -244,37 +330,3 @@ def _bind_input(binding: ort.IOBinding, name: str, array: npt.NDArray[Any]) -> N
 
 def _bind_output(binding: ort.IOBinding, name: str, array: npt.NDArray[Any]) -> None:
     binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
-
-
-def choose_token(logits: Logits, sequence: Generation) -> int:
-    """The next token for ``logits`` float32 [vocab]."""
-    sampling = sequence.sampling
-    if sampling.repetition_penalty != 1.0:
-        logits = _penalized(logits, [*sequence.prompt, *sequence.tokens], sampling.repetition_penalty)
-    best = int(np.argmax(logits))  # argmax finds the first NaN, if there is one
-    if not np.isfinite(logits[best]):
-        seen = len(sequence.prompt) + len(sequence.tokens)
-        raise NonFiniteLogitsError(f"the engine produced {logits[best]} after {seen} tokens")
-    if sampling.temperature == 0:
-        return best
-    scaled = logits.astype(np.float64) / sampling.temperature
-    if sampling.top_k:
-        kept = np.argpartition(scaled, -min(sampling.top_k, scaled.size))[-sampling.top_k :]
-    else:
-        kept = np.arange(scaled.size)
-    order = kept[np.argsort(-scaled[kept], kind="stable")]
-    weights = np.exp(scaled[order] - scaled[order[0]])
-    weights /= weights.sum()
-    if sampling.top_p < 1:
-        keep = int(np.searchsorted(np.cumsum(weights), sampling.top_p)) + 1
-        order, weights = order[:keep], weights[:keep] / weights[:keep].sum()
-    return int(sequence.random.choice(order, p=weights))
-
-
-def _penalized(logits: Logits, seen: Sequence[int], penalty: float) -> Logits:
-    """Keskar et al. 2019 (CTRL): logits of seen tokens are divided by the penalty, or multiplied when negative."""
-    penalized = logits.copy()
-    ids = np.unique(np.asarray(seen))
-    values = penalized[ids]
-    penalized[ids] = np.where(values > 0, values / penalty, values * penalty)
-    return penalized
