@@ -19,7 +19,7 @@ setup: $(STAMP) ## create .venv with everything, exactly pinned
 $(STAMP): pyproject.toml client/pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable client --editable '.[build,serve,tensorrt,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable client --editable '.[build,serve,openai,tensorrt,dev]'
 	@touch $(STAMP)
 
 demo: setup ## the main job: checkpoint -> engines -> tritonserver -> answers -> comparison
