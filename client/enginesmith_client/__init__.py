@@ -3,6 +3,7 @@
 from enginesmith_client._aio import AsyncClient
 from enginesmith_client._client import Client
 from enginesmith_client._errors import (
+    Cancelled,
     ConnectError,
     DeadlineExceeded,
     InvalidInput,
@@ -30,6 +31,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AsyncClient",
     "BatchStatistics",
+    "Cancelled",
     "Classification",
     "Client",
     "ConnectError",

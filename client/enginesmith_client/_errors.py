@@ -18,13 +18,21 @@ class TritonClientError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint
+        self.attempts = 1
+        """How often the request was tried; the error is that of the last time."""
 
     def __str__(self) -> str:
-        return f"{self.message}\n  hint: {self.hint}" if self.hint else self.message
+        tried = f" (tried {self.attempts} times)" if self.attempts > 1 else ""
+        return f"{self.message}{tried}\n  hint: {self.hint}" if self.hint else f"{self.message}{tried}"
 
 
 class ConnectError(TritonClientError):
     """No server was reached, or the connection broke: check the address and the server."""
+
+    def __init__(self, message: str, *, hint: str | None = None, unsent: bool = False) -> None:
+        super().__init__(message, hint=hint)
+        self.unsent = unsent
+        """Whether it is certain that no server got the request, so that sending it again cannot do anything twice."""
 
 
 class DeadlineExceeded(TritonClientError):  # noqa: N818 - says what is the case, as the statuses of gRPC do
@@ -34,9 +42,18 @@ class DeadlineExceeded(TritonClientError):  # noqa: N818 - says what is the case
 class Overloaded(TritonClientError):  # noqa: N818 - says what is the case, as the statuses of gRPC do
     """The server is there but refused the request for want of room: send it again later."""
 
+    def __init__(self, message: str, *, hint: str | None = None, retry_after_s: float | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.retry_after_s = retry_after_s
+        """When to send it again, where that is known; infinite: not at all."""
+
 
 class ModelNotReady(TritonClientError):  # noqa: N818 - says what is the case, as the statuses of gRPC do
     """The server does not serve this model or version, or not yet."""
+
+
+class Cancelled(TritonClientError):  # noqa: N818 - says what is the case, as the statuses of gRPC do
+    """The call was ended on purpose before its answer: by its caller, by closing the client, or by the server."""
 
 
 class InvalidInput(TritonClientError):  # noqa: N818 - says what is the case, as the statuses of gRPC do
@@ -48,8 +65,17 @@ class ServerError(TritonClientError):
 
 
 Status = Literal[
-    "unreachable", "deadline", "unavailable", "not_found", "invalid_argument", "unimplemented", "internal"
+    "unreachable",
+    "broken",
+    "deadline",
+    "unavailable",
+    "cancelled",
+    "not_found",
+    "invalid_argument",
+    "unimplemented",
+    "internal",
 ]
+"""``unreachable``: it is certain that no server got the request. ``broken``: the connection was lost after that."""
 
 
 @dataclass(frozen=True)
@@ -63,11 +89,24 @@ class Call:
     model: str | None = None
 
 
-def error_from_status(status: Status, detail: str, *, call: Call) -> TritonClientError:
-    """The error for a failed call; ``detail`` is what the server or the transport said."""
+def error_from_status(
+    status: Status, detail: str, *, call: Call, retry_after_s: float | None = None
+) -> TritonClientError:
+    """The error for a failed call; ``detail`` is what the server or the transport said.
+
+    ``retry_after_s`` is the server's own word on when to come back: ``Retry-After``, ``grpc-retry-pushback-ms``.
+    """
     detail = detail.strip().removeprefix("[request id: <id_unknown>] ")
     if status == "unreachable":
         return connect_error(call.address, detail)
+    if status == "broken":
+        return ConnectError(
+            f"the connection to {call.address} broke during {call.action}: {detail}",
+            hint="the server may have done the work or not; send it again if doing it twice is harmless, and look "
+            "whether the server runs and whether this is the port of this protocol",
+        )
+    if status == "cancelled":
+        return Cancelled(f"{call.action} was cancelled at {call.address}: {detail}")
     if status == "deadline":
         return DeadlineExceeded(
             f"{call.action} had no answer from {call.address} within {call.timeout_s:g} s",
@@ -81,6 +120,7 @@ def error_from_status(status: Status, detail: str, *, call: Call) -> TritonClien
         return Overloaded(
             f"{call.address} refused {call.action}: {detail}",
             hint="wait and send it again, send fewer requests at once, or give the model more instances or a longer queue",
+            retry_after_s=retry_after_s,
         )
     if status == "invalid_argument":
         return InvalidInput(
@@ -97,6 +137,7 @@ def connect_error(address: str, detail: str) -> ConnectError:
     return ConnectError(
         f"cannot reach a Triton server at {address}: {detail}",
         hint="check that the server runs and that this is the port of this protocol (Triton's defaults: gRPC 8001, HTTP 8000)",
+        unsent=True,
     )
 
 

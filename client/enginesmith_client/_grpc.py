@@ -72,7 +72,7 @@ class GrpcReplyStream:
             raise error_from_rpc(error, self._call) from error
         if answer is None:
             self._ended = True
-            raise error_from_status("unreachable", "the stream ended before its last answer", call=self._call)
+            raise error_from_status("broken", "the stream ended before its last answer", call=self._call)
         if answer.error_message:
             self.close()
             raise error_from_status("internal", answer.error_message, call=self._call)

@@ -78,7 +78,7 @@ class AsyncGrpcReplyStream:
             raise error_from_rpc(error, self._call) from error
         if answer is grpc.aio.EOF:
             self._ended = True
-            raise error_from_status("unreachable", "the stream ended before its last answer", call=self._call)
+            raise error_from_status("broken", "the stream ended before its last answer", call=self._call)
         if answer.error_message:
             await self.close()
             raise error_from_status("internal", answer.error_message, call=self._call)

@@ -6,6 +6,7 @@ Format: ``grpc_service.proto`` of tritonclient.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -55,14 +56,17 @@ _STATUSES: dict[grpc.StatusCode, Status] = {
     grpc.StatusCode.RESOURCE_EXHAUSTED: "unavailable",
     grpc.StatusCode.DEADLINE_EXCEEDED: "deadline",
     grpc.StatusCode.UNIMPLEMENTED: "unimplemented",
+    grpc.StatusCode.CANCELLED: "cancelled",
 }
 # gRPC uses UNAVAILABLE for a connection that it could not make or keep, and so does Triton for a full queue.
 # Nothing but the text of the library tells them apart (grpcio 1.85: no metadata either way).
-_CONNECTION_TEXTS = (
+_UNSENT_TEXTS = (
     "failed to connect",
     "errors resolving",
     "name resolution",
     "dns resolution",
+)
+_CONNECTION_TEXTS = (
     "socket closed",
     "connection reset",
     "connection refused",
@@ -141,7 +145,25 @@ RPCS: dict[type, Rpc] = {
 
 def error_from_rpc(error: grpc.RpcError, call: Call) -> TritonClientError:
     """The error for a failed gRPC call."""
-    return error_from_status(status_from_rpc(error), error.details() or error.code().name, call=call)
+    return error_from_status(
+        status_from_rpc(error),
+        error.details() or error.code().name,
+        call=call,
+        retry_after_s=_pushback_s(error),
+    )
+
+
+def _pushback_s(error: grpc.RpcError) -> float | None:
+    """When the server wants the call again; infinite for a number below zero, which means not at all.
+
+    Source: gRFC A6, "Pushback".
+    """
+    metadata = getattr(error, "trailing_metadata", lambda: None)() or ()
+    for name, value in metadata:
+        if name == "grpc-retry-pushback-ms":
+            milliseconds = int(value) if str(value).lstrip("-").isdigit() else -1
+            return milliseconds / 1000 if milliseconds >= 0 else math.inf
+    return None
 
 
 def is_final(message: Any) -> bool:
@@ -233,6 +255,9 @@ def _json_from_value(value: Any, field: Any) -> Any:
 
 def status_from_rpc(error: grpc.RpcError) -> Status:
     code, detail = error.code(), (error.details() or "").lower()
-    if code is grpc.StatusCode.UNAVAILABLE and any(text in detail for text in _CONNECTION_TEXTS):
-        return "unreachable"
+    if code is grpc.StatusCode.UNAVAILABLE:
+        if any(text in detail for text in _UNSENT_TEXTS):
+            return "unreachable"
+        if any(text in detail for text in _CONNECTION_TEXTS):
+            return "broken"
     return _STATUSES.get(code, "internal")

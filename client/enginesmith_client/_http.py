@@ -74,8 +74,10 @@ class HttpTransport:
             complete = connection.sock is not None
         except TimeoutError as error:
             raise error_from_status("deadline", str(error), call=call) from error
+        except _NotConnected as error:
+            raise error_from_status("unreachable", str(error), call=call) from error.__cause__
         except (OSError, http.client.HTTPException) as error:
-            raise error_from_status("unreachable", _said(error), call=call) from error
+            raise error_from_status("broken", _said(error), call=call) from error
         finally:
             if complete:
                 self._idle.give(connection)
@@ -119,6 +121,10 @@ class _IdleConnections:
             connection.close()
 
 
+class _NotConnected(Exception):  # noqa: N818 - becomes a ConnectError
+    """No connection was made, so that nothing was sent."""
+
+
 def _round_trip(
     connection: http.client.HTTPConnection,
     method: str,
@@ -130,7 +136,12 @@ def _round_trip(
 ) -> HttpAnswer:
     if connection.sock is None:
         connection.timeout = deadline.remaining_s()
-        connection.connect()
+        try:
+            connection.connect()
+        except TimeoutError:
+            raise
+        except OSError as error:
+            raise _NotConnected(_said(error)) from error
     sock: socket.socket = connection.sock
     sock.settimeout(deadline.remaining_s())
     connection.request(method, path, body=body or None, headers=dict(headers))

@@ -168,4 +168,11 @@ def raise_for_status(answer: HttpAnswer, call: Call) -> None:
         detail = str(json.loads(answer.body)["error"])
     except (ValueError, KeyError, TypeError):
         detail = f"HTTP status {answer.status}: {answer.body[:200].decode('utf-8', 'replace')}"
-    raise error_from_status(_STATUSES.get(answer.status, "internal"), detail, call=call)
+    status = _STATUSES.get(answer.status, "internal")
+    raise error_from_status(status, detail, call=call, retry_after_s=_retry_after_s(answer))
+
+
+def _retry_after_s(answer: HttpAnswer) -> float | None:
+    """``Retry-After`` in seconds; its other form, a date, needs clocks that agree and is not read (RFC 9110, 10.2.3)."""
+    value = answer.headers.get("retry-after", "").strip()
+    return float(value) if value.isascii() and value.isdigit() else None
