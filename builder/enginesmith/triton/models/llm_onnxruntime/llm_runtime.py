@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,7 +46,7 @@ else:  # Beside the engine, where there is no package.
 
 __all__ = [
     "Generation", "Logits", "NonFiniteLogitsError", "PromptTooLongError", "Runtime", "Sampling", "choose_token",
-    "create_session", "kv_cache_bytes",
+    "create_session",
 ]  # fmt: skip
 
 ENGINE_FORMAT = 1
@@ -71,7 +71,7 @@ class Runtime:
 
     ``slots`` sequences run at once, each of at most ``capacity`` tokens, prompt and answer together. ``reuse_tokens``
     tokens of finished prompts are kept for prompts that begin the same way, in blocks of ``tokens_per_block``. The
-    key/value memory is bounded by both (``kv_cache_bytes``) and is taken from the system as it is first written.
+    key/value memory is bounded by both and is taken from the system as it is first written.
     """
 
     def __init__(
@@ -158,9 +158,8 @@ class Runtime:
             raise PromptTooLongError(
                 f"the prompt has {len(sequence.prompt)} tokens; at most {self.capacity - 1} fit"
             )
-        assert self.free_slots and self._prefill is None, (
-            "admit() needs a free slot and no unfinished prefill"
-        )
+        assert self.free_slots, "admit() needs a free slot"
+        assert self._prefill is None, "admit() while another sequence is prefilled"
         if sequence.sampling.end_ids is None:
             sequence.end_ids = self.end_ids
         slot = len(self.running)
@@ -306,12 +305,6 @@ class Runtime:
         for name, cache in zip(self._names, self._cache, strict=True):
             _bind_input(binding, f"past_key_values.{name}", cache[start:stop])
             _bind_output(binding, f"present.{name}", cache[start:stop])
-
-
-def kv_cache_bytes(engine: Mapping[str, Any], *, slots: int, capacity: int, reuse_tokens: int = 0) -> int:
-    """The memory that a ``Runtime`` takes at most for keys and values, in bytes; ``engine`` is ``engine.json``."""
-    token_bytes = int(engine["layers"]) * 2 * int(engine["kv_heads"]) * int(engine["head_dim"]) * 4
-    return token_bytes * (slots * capacity + reuse_tokens)
 
 
 def create_session(path: Path, engine: dict[str, Any], threads: int) -> ort.InferenceSession:

@@ -1,29 +1,47 @@
-"""Triton's entry point: batches of text requests through the generation runtime beside this file.
+"""Triton's entry point: text requests through the batching engine beside this file.
 
-Requests that Triton's dynamic batcher hands over together run together, each at its own length and with its
-own sampling. A request that cannot run (prompt too long, text that is not UTF-8, a parameter out of range) is
-answered with its own error; the others are not affected.
+``execute`` reads requests, hands them to the engine and returns at once; the engine's thread generates. A third thread
+talks to Triton, because that waits for the server: it sends responses, and looks after every decoding step for requests
+whose client has left. One thread does both, because tritonserver crashes when a sender is asked whether it is
+cancelled once its final response is sent, or while it is.
 """
 
 from __future__ import annotations
 
 import json
+import queue
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import triton_python_backend_utils as pb_utils
-from llm_runtime import Generation, NonFiniteLogitsError, Runtime, Sampling
+from llm_batching import BatchingEngine, Engine, Failure, Job, Load, RefusedError, Update
+from llm_runtime import Runtime
+from llm_tensors import Asked, Limits, error_response, read_request, response
 from llm_text import Text
 
-_SAMPLING_INPUTS = {
-    "max_tokens": int,
-    "temperature": float,
-    "top_k": int,
-    "top_p": float,
-    "repetition_penalty": float,
-    "seed": int,
+_FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+_METRICS_PERIOD_S = 0.25
+_CODES: Mapping[Failure, str] = {
+    "invalid": "INVALID_ARG",
+    "busy": "UNAVAILABLE",
+    "cancelled": "CANCELLED",
+    "internal": "INTERNAL",
 }
+"""Names in ``pb_utils.TritonError``, which is there only once the model is imported."""
+
+
+@dataclass(eq=False)
+class Request:
+    """A request under way. ``closed`` and ``ended`` belong to the thread that talks to Triton."""
+
+    sender: Any
+    asked: Asked
+    ended: dict[Job, Update] = field(default_factory=dict)
+    closed: bool = False
+    """The final response was sent."""
 
 
 class TritonPythonModel:
@@ -32,102 +50,163 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         """Load the engine; an exception here becomes the reason that Triton gives for a failed load."""
         directory = Path(args["model_repository"]) / args["model_version"]
-        self._serving: dict[str, Any] = json.loads((directory / "serving.json").read_text())
-        self._text = Text(directory)
-        self._runtime = Runtime(
-            directory,
-            slots=self._serving["max_batch_size"],
-            capacity=self._serving["max_sequence_length"],
-            threads=self._serving["threads"],
+        serving: dict[str, Any] = json.loads((directory / "serving.json").read_text())
+        cache = {"reuse": True, "reuse_tokens": 4096, "tokens_per_block": 32, **serving.get("kv_cache", {})}
+        self._limits = Limits(
+            serving["max_prompt_length"], serving["default_max_tokens"], cache["tokens_per_block"]
         )
+        self._text = Text(directory)
+        self._metrics = Metrics(args["model_name"], args["model_version"])
+        self._requests: dict[Job, Request] = {}
+        self._outbox: queue.SimpleQueue[Sequence[Update] | None] = queue.SimpleQueue()
+        runtime = Runtime(
+            directory,
+            slots=serving["max_batch_size"],
+            capacity=serving["max_sequence_length"],
+            threads=serving["threads"],
+            reuse_tokens=cache["reuse_tokens"] if cache["reuse"] else 0,
+            tokens_per_block=cache["tokens_per_block"],
+        )
+        self._engine: Engine = BatchingEngine(
+            runtime,
+            self._outbox.put,
+            chunk_tokens=serving.get("prefill_chunk_tokens", 128),
+            max_waiting=serving.get("max_queue_size", 0),
+            max_wait_s=serving.get("queue_timeout_us", 0) / 1e6,
+        )
+        self._thread = threading.Thread(target=self._talk_to_triton, name="responses", daemon=True)
+        self._thread.start()
 
-    def execute(self, requests: list[Any]) -> list[Any]:
-        """Answer ``requests``, in order. Each holds one or more prompts (rows of ``text_input``)."""
-        jobs: list[list[Generation] | Exception] = [self._prepare(request) for request in requests]
-        waiting = [generation for job in jobs if isinstance(job, list) for generation in job]
-        try:
-            self._runtime.run(waiting)
-        except NonFiniteLogitsError as error:
-            jobs = [error if isinstance(job, list) else job for job in jobs]
-        finally:
-            self._runtime.clear()  # Whatever ended the run, the next one must not continue these sequences.
-        return [self._respond(job) for job in jobs]
+    def execute(self, requests: list[Any]) -> None:
+        """Start ``requests`` and return at once; each is answered through its own sender."""
+        for request in requests:
+            sender = request.get_response_sender()
+            try:
+                self._start(sender, read_request(request, self._text, self._limits))
+            except ValueError as error:
+                _send(sender, error_response(str(error), _code("invalid")))
+            except RefusedError as error:
+                _send(sender, error_response(str(error), _code("busy")))
+            except Exception as error:  # noqa: BLE001 - the boundary of a request: no other may be hurt.
+                message = f"the request could not be read: {type(error).__name__}: {error}"
+                _send(sender, error_response(message, _code("internal")))
 
     def finalize(self) -> None:
-        """Release the engine."""
-        del self._runtime
+        """End what is running, then the threads."""
+        self._engine.close()
+        self._outbox.put(None)
+        self._thread.join()
+        self._metrics.show(replace(self._engine.load(), slots=0))
 
-    def _prepare(self, request: Any) -> list[Generation] | Exception:
+    def _start(self, sender: Any, asked: Asked) -> None:
+        started = Request(sender, asked)
+        for job in asked.jobs:
+            self._requests[job] = started
         try:
-            rows = _rows(request)
-            return [self._generation(row) for row in rows]
-        except ValueError as error:
-            return error
+            self._engine.submit(asked.jobs)
+        except RefusedError:
+            for job in asked.jobs:
+                del self._requests[job]
+            raise
 
-    def _generation(self, row: dict[str, Any]) -> Generation:
-        text = _utf8(row["text_input"][0], "text_input")
-        chat = bool(row.get("apply_chat_template", [False])[0])
-        prompt = self._text.encode(self._text.as_chat(text) if chat else text, chat=chat)
-        limit = self._serving["max_prompt_length"]
-        if not prompt:
-            raise ValueError("text_input is empty: the prompt has no tokens")
-        if len(prompt) > limit:
-            raise ValueError(f"the prompt has {len(prompt)} tokens; this model accepts at most {limit}")
-        given = {name: kind(row[name][0]) for name, kind in _SAMPLING_INPUTS.items() if name in row}
-        sampling = Sampling(**{"max_tokens": self._serving["default_max_tokens"], **given})
-        stops = [_utf8(stop, "stop_words") for stop in row.get("stop_words", ()) if stop]
-        return Generation(prompt, sampling, on_token=StopStrings(self._text, stops) if stops else None)
+    def _talk_to_triton(self) -> None:
+        """Send what the engine brings, and after each of its steps look for clients that left."""
+        while True:
+            try:
+                updates = self._outbox.get(timeout=_METRICS_PERIOD_S)
+            except queue.Empty:
+                self._metrics.show(self._engine.load())
+                continue
+            if updates is None:
+                return
+            for update in updates:
+                self._pass_on_or_fail(update)
+            self._look_for_cancelled()
+            self._metrics.show(self._engine.load())
 
-    def _respond(self, job: list[Generation] | Exception) -> Any:
-        if isinstance(job, NonFiniteLogitsError):
-            return pb_utils.InferenceResponse(
-                error=pb_utils.TritonError(str(job), pb_utils.TritonError.INTERNAL)
-            )
-        if isinstance(job, Exception):
-            return pb_utils.InferenceResponse(
-                error=pb_utils.TritonError(str(job), pb_utils.TritonError.INVALID_ARG)
-            )
-        columns = {
-            "text_output": np.array([[self._answer(one).encode()] for one in job], np.object_),
-            "finish_reason": np.array([[str(one.finish_reason).encode()] for one in job], np.object_),
-            "num_input_tokens": np.array([[len(one.prompt)] for one in job], np.int32),
-            "num_output_tokens": np.array([[len(one.tokens)] for one in job], np.int32),
+    def _pass_on_or_fail(self, update: Update) -> None:
+        """Whatever goes wrong with an update, its request gets a final response and the others theirs."""
+        request = self._requests[update.job]
+        if update.last:
+            del self._requests[update.job]
+        if request.closed:
+            return
+        try:
+            self._pass_on(request, update)
+        except Exception as error:  # noqa: BLE001 - the boundary of a request: no other may be hurt.
+            message = f"the response could not be made: {type(error).__name__}: {error}"
+            self._close(request, error_response(message, _code("internal")))
+
+    def _pass_on(self, request: Request, update: Update) -> None:
+        if update.failure is not None:
+            self._close(request, error_response(update.message, _code(update.failure)))
+        elif not update.last:
+            request.sender.send(self._response(request.asked, [update]))
+        else:
+            request.ended[update.job] = update
+            if len(request.ended) == len(request.asked.jobs):
+                ended = [request.ended[job] for job in request.asked.jobs]
+                self._close(request, self._response(request.asked, ended))
+
+    def _response(self, asked: Asked, updates: Sequence[Update]) -> Any:
+        return response(asked, updates, self._text, self._limits.tokens_per_block)
+
+    def _close(self, request: Request, last: Any) -> None:
+        """Send the final response. Other rows of the request have nobody to answer to any more."""
+        request.closed = True
+        _send(request.sender, last)
+        for job in request.asked.jobs:
+            self._engine.cancel(job)
+
+    def _look_for_cancelled(self) -> None:
+        for request in {*tuple(self._requests.values())}:
+            if not request.closed and request.sender.is_cancelled():
+                for job in request.asked.jobs:
+                    self._engine.cancel(job)
+
+
+class Metrics:
+    """Gauges and counters of this model at Triton's ``/metrics``; shown when they change."""
+
+    def __init__(self, model: str, version: str) -> None:
+        labels = {"model": model, "version": version}
+        families = {
+            "running": ("GAUGE", "Sequences that are being generated"),
+            "waiting": ("GAUGE", "Sequences that wait for a free slot"),
+            "slots": ("GAUGE", "Sequences that can be generated at once"),
+            "prompt_tokens": ("COUNTER", "Tokens of prompts that were started"),
+            "output_tokens": ("COUNTER", "Tokens of answers that have ended"),
+            "reused_tokens": ("COUNTER", "Tokens of prompts that were in the prefix cache"),
         }
-        return pb_utils.InferenceResponse([pb_utils.Tensor(name, column) for name, column in columns.items()])
+        self._families = {}
+        self._metrics = {}
+        for name, (kind, meaning) in families.items():
+            suffix = "_total" if kind == "COUNTER" else ""
+            self._families[name] = pb_utils.MetricFamily(
+                name=f"enginesmith_llm_{name}{suffix}",
+                description=meaning,
+                kind=getattr(pb_utils.MetricFamily, kind),
+            )
+            self._metrics[name] = self._families[name].Metric(labels=labels)
+        self._shown = Load(0, 0, 0, 0, 0, 0)
 
-    def _answer(self, generation: Generation) -> str:
-        text = self._text.decode(generation.tokens)
-        stop = generation.on_token
-        return stop.cut(text) if isinstance(stop, StopStrings) else text
-
-
-class StopStrings:
-    """Ends a generation as soon as its text holds one of ``stops``."""
-
-    def __init__(self, text: Text, stops: list[str]) -> None:
-        self._text = text
-        self._stops = stops
-
-    def __call__(self, generation: Generation) -> bool:
-        """Whether the text so far holds a stop string."""
-        text = self._text.decode(generation.tokens)
-        return any(stop in text for stop in self._stops)
-
-    def cut(self, text: str) -> str:
-        """The text before the first stop string."""
-        return text[: min([text.find(stop) for stop in self._stops if stop in text], default=len(text))]
+    def show(self, load: Load) -> None:
+        """Bring the metrics up to ``load``. Differences are added, so that instances of one model add up."""
+        if load == self._shown:
+            return
+        for name, metric in self._metrics.items():
+            if difference := getattr(load, name) - getattr(self._shown, name):
+                metric.increment(difference)
+        self._shown = load
 
 
-def _rows(request: Any) -> list[dict[str, Any]]:
-    """The request's prompts; each maps input names to that row's values."""
-    inputs = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
-    return [{name: array[row] for name, array in inputs.items()} for row in range(len(inputs["text_input"]))]
+def _code(failure: Failure) -> Any:
+    return getattr(pb_utils.TritonError, _CODES[failure])
 
 
-def _utf8(value: bytes | str, name: str) -> str:
-    if isinstance(value, str):
-        return value
+def _send(sender: Any, last: Any) -> None:
+    """Send the final response of a request."""
     try:
-        return bytes(value).decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{name} is not valid UTF-8: {error.reason} at byte {error.start}") from error
+        sender.send(last, flags=_FINAL)
+    except pb_utils.TritonModelException as error:
+        pb_utils.Logger.log_error(f"a response could not be sent: {error}")
