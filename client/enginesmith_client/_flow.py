@@ -17,6 +17,7 @@ from enginesmith_client._deadline import Deadline
 from enginesmith_client._errors import TritonClientError
 from enginesmith_client._messages import InferRequest
 from enginesmith_client._operations import Operation
+from enginesmith_client._signal import Signal
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,8 @@ class Pause:
     """Wait. Result: None."""
 
     seconds: float
+    until: Signal | None = None
+    """Ends the waiting early when it is set."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +117,7 @@ def _act(step: Step) -> Any:
     if isinstance(step, Open):
         return step.transport.open(step.request, step.deadline)
     if isinstance(step, Pause):
-        return time.sleep(step.seconds)
+        return time.sleep(step.seconds) if step.until is None else step.until.wait(step.seconds)
     if isinstance(step, CloseStream):
         return step.stream.close()
     return _together(step)
@@ -138,7 +141,9 @@ async def _act_async(step: Step) -> Any:
     if isinstance(step, Open):
         return await step.transport.open(step.request, step.deadline)
     if isinstance(step, Pause):
-        return await asyncio.sleep(step.seconds)
+        if step.until is None:
+            return await asyncio.sleep(step.seconds)
+        return await step.until.wait_async(step.seconds)
     if isinstance(step, CloseStream):
         return await step.stream.close()
     return await _together_async(step)
