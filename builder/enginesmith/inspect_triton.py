@@ -148,7 +148,17 @@ def _origin(evidence: Any) -> dict[str, Any]:
     if not isinstance(evidence, Mapping):
         return {}
     kept = ("enginesmith", "spec", "variant", "target", "scheme")
-    return {("built_by_enginesmith" if name == "enginesmith" else name): evidence.get(name) for name in kept}
+    facts = {("built_by_enginesmith" if name == "enginesmith" else name): evidence.get(name) for name in kept}
+    if (kv_cache_bytes := _facts_of(evidence, "package").get("kv_cache_bytes")) is not None:
+        facts["kv_cache_bytes_per_instance"] = kv_cache_bytes
+    return facts
+
+
+def _facts_of(evidence: Mapping[str, Any], step: str) -> Mapping[str, Any]:
+    steps = evidence.get("steps")
+    made = steps.get(step) if isinstance(steps, Mapping) else None
+    facts = made.get("facts") if isinstance(made, Mapping) else None
+    return facts if isinstance(facts, Mapping) else {}
 
 
 def _evidence(evidence: Any) -> tuple[Listing, ...]:
@@ -167,6 +177,6 @@ def _evidence(evidence: Any) -> tuple[Listing, ...]:
     measured = [
         {"figure": figure, "measured": value}
         for name in ("measure", "measure_graph")
-        for figure, value in ((steps.get(name) or {}).get("facts") or {}).get("quality", {}).items()
+        for figure, value in _facts_of(evidence, name).get("quality", {}).items()
     ]
     return Listing("quality", measured), Listing("steps behind it", made)

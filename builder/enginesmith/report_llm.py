@@ -43,6 +43,8 @@ class LlmVariantReport(BuiltVariant):
     fast_cost_top1_agreement: float | None
     """As served, with exact mode: what the runtime's fast mode costs."""
     fast_cost_mean_logprob_delta: float | None
+    kv_cache_bytes: int | None
+    """Key/value memory of each instance on ONNX Runtime, when all of it is in use."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ def _variant(plan: Plan, name: str, artifacts: Mapping[str, Artifact]) -> LlmVar
     facts = facts_of([step for step in plan.steps if step.variant == name], artifacts)
     lowered, measured = facts.get("lower", {}), facts.get("measure", {})
     engine_bytes = number(lowered, "engine_bytes")
+    kv_cache_bytes = number(facts.get("package", {}), "kv_cache_bytes")
     return LlmVariantReport(
         **vars(built_variant(plan, name, artifacts, gate="verify")),
         engine_bytes=None if engine_bytes is None else int(engine_bytes),
@@ -82,6 +85,7 @@ def _variant(plan: Plan, name: str, artifacts: Mapping[str, Artifact]) -> LlmVar
         lowering_mean_logprob_delta=number(measured, "exact", "mean_logprob_delta"),
         fast_cost_top1_agreement=number(measured, "fast_cost", "top1_agreement"),
         fast_cost_mean_logprob_delta=number(measured, "fast_cost", "mean_logprob_delta"),
+        kv_cache_bytes=None if kv_cache_bytes is None else int(kv_cache_bytes),
     )
 
 
@@ -91,6 +95,7 @@ _COLUMNS: Columns[LlmVariantReport] = (
     ("size", lambda v: bytes_text(v.engine_bytes)),
     ("of BF16", lambda v: formatted(v.share_of_bf16, ".1%")),
     ("of FP32", lambda v: formatted(v.share_of_fp32, ".1%")),
+    ("KV cache", lambda v: bytes_text(v.kv_cache_bytes)),
     ("perplexity", lambda v: formatted(v.perplexity, ".2f")),
     ("change", lambda v: formatted(v.perplexity_increase, "+.1%")),
     ("top-1", lambda v: formatted(v.top1_agreement, ".1%")),

@@ -342,7 +342,13 @@ STEP_KINDS: Mapping[StepName, StepKind] = {
             "rehearse",
             "enginesmith.triton.rehearse:run",
             _REHEARSAL_TOOLS,
-            ("enginesmith.triton.rehearse", *_REHEARSAL_CODE),
+            (
+                *(
+                    f"enginesmith.triton.{name}"
+                    for name in ("rehearse", "llm_asking", "llm_checks", "llm_subject")
+                ),
+                *_REHEARSAL_CODE,
+            ),
             unkeyed_params=("server",),
         ),
         StepKind(
