@@ -72,10 +72,37 @@ class UnloadModel:
 
 
 @dataclass(frozen=True)
+class RegisterMemory:
+    """Reply: None, when the server has mapped the first ``size_bytes`` of the system shared memory ``/name``."""
+
+    name: str
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class UnregisterMemory:
+    """Reply: None, when the server has let go of it, or did not know it."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Region:
+    """The first ``size_bytes`` of a registered shared memory."""
+
+    name: str
+    size_bytes: int
+
+
+@dataclass(frozen=True)
 class Infer:
     """Reply: ``InferReply``, the one answer to the request."""
 
     request: InferRequest
+    input_regions: Mapping[str, Region] = field(default_factory=dict)
+    """Where the data of inputs is that are not sent along."""
+    output_regions: Mapping[str, Region] = field(default_factory=dict)
+    """Where to put outputs; in the reply, their data is empty."""
 
     @property
     def model(self) -> str:
@@ -88,7 +115,10 @@ class Infer:
         return self.request.version
 
 
-Operation: TypeAlias = "ServerReady | ModelReady | ReadMetadata | ReadConfig | ReadStatistics | ReadIndex | LoadModel | UnloadModel | Infer"
+Operation: TypeAlias = (
+    "ServerReady | ModelReady | ReadMetadata | ReadConfig | ReadStatistics | ReadIndex | LoadModel | UnloadModel "
+    "| RegisterMemory | UnregisterMemory | Infer"
+)
 
 
 def described(operation: Operation) -> str:
@@ -107,5 +137,7 @@ _WORDS: Mapping[type, str] = {
     ReadIndex: "reading the repository index",
     LoadModel: "loading",
     UnloadModel: "unloading",
+    RegisterMemory: "registering shared memory",
+    UnregisterMemory: "unregistering shared memory",
     Infer: "inference",
 }
