@@ -1,6 +1,7 @@
 """A thin, typed client for models that NVIDIA Triton serves."""
 
 from enginesmith_client._aio import AsyncClient
+from enginesmith_client._chat import ChatTemplate, Message
 from enginesmith_client._client import Client
 from enginesmith_client._errors import (
     Cancelled,
@@ -23,15 +24,22 @@ from enginesmith_client._messages import (
     ModelStatus,
     RankedDocument,
     TensorMetadata,
+    TextDelta,
+    TokenLogprob,
 )
+from enginesmith_client._requests import Sequence_
 from enginesmith_client._settings import Tls
+from enginesmith_client._stream import AsyncResultStream, AsyncTextStream, ResultStream, TextStream
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AsyncClient",
+    "AsyncResultStream",
+    "AsyncTextStream",
     "BatchStatistics",
     "Cancelled",
+    "ChatTemplate",
     "Classification",
     "Client",
     "ConnectError",
@@ -40,14 +48,20 @@ __all__ = [
     "Generation",
     "InferResult",
     "InvalidInput",
+    "Message",
     "ModelMetadata",
     "ModelNotReady",
     "ModelStatistics",
     "ModelStatus",
     "Overloaded",
     "RankedDocument",
+    "ResultStream",
+    "Sequence_",
     "ServerError",
     "TensorMetadata",
+    "TextDelta",
+    "TextStream",
     "Tls",
+    "TokenLogprob",
     "TritonClientError",
 ]

@@ -10,10 +10,8 @@ from enginesmith_client._calls import Calls
 from enginesmith_client._codec import Array
 from enginesmith_client._dispatch import Dispatcher
 from enginesmith_client._flow import run_async
-from enginesmith_client._generate import Option
 from enginesmith_client._messages import (
     Classification,
-    Generation,
     InferResult,
     Json,
     ModelMetadata,
@@ -22,11 +20,14 @@ from enginesmith_client._messages import (
     Parameter,
     RankedDocument,
 )
+from enginesmith_client._requests import Envelope, Sequence_
 from enginesmith_client._settings import Compression, ConnectionSettings, Tls
+from enginesmith_client._stream import AsyncResultStream
+from enginesmith_client._text_methods_aio import AsyncTextMethods
 from enginesmith_client._transport import ASYNC_TRANSPORTS, AsyncTransport
 
 
-class AsyncClient:
+class AsyncClient(AsyncTextMethods):
     """``Client`` for asyncio: the same methods, as coroutines. Make it and use it in one event loop."""
 
     def __init__(
@@ -82,37 +83,6 @@ class AsyncClient:
         for transport in self._calls.dispatcher.transports:
             await transport.close()
 
-    async def generate(
-        self,
-        model: str,
-        prompt: str,
-        *,
-        max_tokens: int | None = None,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        repetition_penalty: float | None = None,
-        seed: int | None = None,
-        stop: str | Sequence[str] | None = None,
-        chat: bool = False,
-        version: str = "",
-        timeout_s: float | None = None,
-    ) -> Generation:
-        """As ``Client.generate``."""
-        options: dict[str, Option] = {
-            "max_tokens": max_tokens,
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-            "repetition_penalty": repetition_penalty,
-            "seed": seed,
-            "stop": stop,
-            "chat": True if chat else None,
-        }
-        return await run_async(
-            self._calls.generate(model, prompt, options=options, version=version, timeout_s=timeout_s)
-        )
-
     async def embed(
         self, model: str, texts: Sequence[str], *, version: str = "", timeout_s: float | None = None
     ) -> Array:
@@ -149,18 +119,35 @@ class AsyncClient:
         timeout_s: float | None = None,
         request_id: str = "",
         parameters: Mapping[str, Parameter] | None = None,
+        priority: int | None = None,
+        sequence: Sequence_ | None = None,
     ) -> InferResult:
         """As ``Client.infer``."""
+        envelope = Envelope(request_id, priority, sequence, parameters)
         flow = self._calls.infer(
-            model,
-            inputs,
-            outputs=outputs,
-            version=version,
-            timeout_s=timeout_s,
-            request_id=request_id,
-            parameters=parameters,
+            model, inputs, outputs=outputs, envelope=envelope, version=version, timeout_s=timeout_s
         )
         return await run_async(flow)
+
+    def infer_stream(
+        self,
+        model: str,
+        inputs: Mapping[str, Array],
+        *,
+        outputs: Sequence[str] | None = None,
+        version: str = "",
+        timeout_s: float | None = None,
+        request_id: str = "",
+        parameters: Mapping[str, Parameter] | None = None,
+        priority: int | None = None,
+        sequence: Sequence_ | None = None,
+    ) -> AsyncResultStream:
+        """As ``Client.infer_stream``."""
+        envelope = Envelope(request_id, priority, sequence, parameters)
+        opening = self._calls.infer_stream(
+            model, inputs, outputs=outputs, envelope=envelope, version=version, timeout_s=timeout_s
+        )
+        return AsyncResultStream(opening)
 
     async def is_ready(
         self, model: str | None = None, *, version: str = "", timeout_s: float | None = None
@@ -193,3 +180,18 @@ class AsyncClient:
     ) -> tuple[ModelStatistics, ...]:
         """As ``Client.statistics``."""
         return await run_async(self._calls.statistics(model, version=version, timeout_s=timeout_s))
+
+    async def load(
+        self,
+        model: str,
+        *,
+        config: Json | None = None,
+        files: Mapping[str, bytes] | None = None,
+        timeout_s: float | None = None,
+    ) -> None:
+        """As ``Client.load``."""
+        await run_async(self._calls.load(model, config=config, files=files, timeout_s=timeout_s))
+
+    async def unload(self, model: str, *, dependents: bool = False, timeout_s: float | None = None) -> None:
+        """As ``Client.unload``."""
+        await run_async(self._calls.unload(model, dependents=dependents, timeout_s=timeout_s))

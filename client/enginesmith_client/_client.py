@@ -10,10 +10,8 @@ from enginesmith_client._calls import Calls
 from enginesmith_client._codec import Array
 from enginesmith_client._dispatch import Dispatcher
 from enginesmith_client._flow import run
-from enginesmith_client._generate import Option
 from enginesmith_client._messages import (
     Classification,
-    Generation,
     InferResult,
     Json,
     ModelMetadata,
@@ -22,11 +20,14 @@ from enginesmith_client._messages import (
     Parameter,
     RankedDocument,
 )
+from enginesmith_client._requests import Envelope, Sequence_
 from enginesmith_client._settings import Compression, ConnectionSettings, Tls
+from enginesmith_client._stream import ResultStream
+from enginesmith_client._text_methods import TextMethods
 from enginesmith_client._transport import TRANSPORTS, Transport
 
 
-class Client:
+class Client(TextMethods):
     """A connection to Triton servers, for use as a context manager or until ``close``.
 
     Connects on the first call. Safe to use from several threads. Every call is over within its ``timeout_s``
@@ -87,38 +88,6 @@ class Client:
         for transport in self._calls.dispatcher.transports:
             transport.close()
 
-    def generate(
-        self,
-        model: str,
-        prompt: str,
-        *,
-        max_tokens: int | None = None,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        repetition_penalty: float | None = None,
-        seed: int | None = None,
-        stop: str | Sequence[str] | None = None,
-        chat: bool = False,
-        version: str = "",
-        timeout_s: float | None = None,
-    ) -> Generation:
-        """The model's continuation of ``prompt``, or with ``chat`` its answer to it as a user's message.
-
-        Options left out are the model's defaults. An option that the model does not have raises ``InvalidInput``.
-        """
-        options: dict[str, Option] = {
-            "max_tokens": max_tokens,
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-            "repetition_penalty": repetition_penalty,
-            "seed": seed,
-            "stop": stop,
-            "chat": True if chat else None,
-        }
-        return run(self._calls.generate(model, prompt, options=options, version=version, timeout_s=timeout_s))
-
     def embed(
         self, model: str, texts: Sequence[str], *, version: str = "", timeout_s: float | None = None
     ) -> Array:
@@ -157,23 +126,40 @@ class Client:
         timeout_s: float | None = None,
         request_id: str = "",
         parameters: Mapping[str, Parameter] | None = None,
+        priority: int | None = None,
+        sequence: Sequence_ | None = None,
     ) -> InferResult:
         """The outputs of the model (all, or those named in ``outputs``) for ``inputs``.
 
         Arrays carry the batch dimension if the model has one. Names, dtypes and shapes are checked against the
-        model's metadata before anything is sent; nothing is converted but float32 for BF16 inputs.
-        ``parameters`` are Triton's request parameters (``priority``, ``timeout`` in microseconds, ``sequence_id``, ...).
+        model's metadata before anything is sent; nothing is converted but float32 for BF16 inputs. ``sequence`` is
+        for models that keep state between requests; ``parameters`` are further request parameters of Triton's.
         """
+        envelope = Envelope(request_id, priority, sequence, parameters)
         flow = self._calls.infer(
-            model,
-            inputs,
-            outputs=outputs,
-            version=version,
-            timeout_s=timeout_s,
-            request_id=request_id,
-            parameters=parameters,
+            model, inputs, outputs=outputs, envelope=envelope, version=version, timeout_s=timeout_s
         )
         return run(flow)
+
+    def infer_stream(
+        self,
+        model: str,
+        inputs: Mapping[str, Array],
+        *,
+        outputs: Sequence[str] | None = None,
+        version: str = "",
+        timeout_s: float | None = None,
+        request_id: str = "",
+        parameters: Mapping[str, Parameter] | None = None,
+        priority: int | None = None,
+        sequence: Sequence_ | None = None,
+    ) -> ResultStream:
+        """The answers of a decoupled model, as they come; otherwise as ``infer``. ``stream`` says when it is sent and ended."""
+        envelope = Envelope(request_id, priority, sequence, parameters)
+        opening = self._calls.infer_stream(
+            model, inputs, outputs=outputs, envelope=envelope, version=version, timeout_s=timeout_s
+        )
+        return ResultStream(opening)
 
     def is_ready(
         self, model: str | None = None, *, version: str = "", timeout_s: float | None = None
@@ -209,3 +195,26 @@ class Client:
     ) -> tuple[ModelStatistics, ...]:
         """Counts and durations since each version of the model was loaded; one entry per loaded version."""
         return run(self._calls.statistics(model, version=version, timeout_s=timeout_s))
+
+    def load(
+        self,
+        model: str,
+        *,
+        config: Json | None = None,
+        files: Mapping[str, bytes] | None = None,
+        timeout_s: float | None = None,
+    ) -> None:
+        """Have the server load the model, or load it again; return when it is ready.
+
+        ``config`` (JSON values as ``config`` gives them) replaces the model's configuration, ``files`` (paths in the
+        model's directory) its files. Raises ``ModelNotReady`` with the server's reason when it cannot be loaded, and
+        ``InvalidInput`` when the server does not let clients load models.
+        """
+        run(self._calls.load(model, config=config, files=files, timeout_s=timeout_s))
+
+    def unload(self, model: str, *, dependents: bool = False, timeout_s: float | None = None) -> None:
+        """Have the server unload the model, with ``dependents`` also those that it is composed of; return when it is gone.
+
+        Requests that it has begun are finished first. A model that is not loaded is nothing to do.
+        """
+        run(self._calls.unload(model, dependents=dependents, timeout_s=timeout_s))

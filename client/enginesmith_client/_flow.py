@@ -113,7 +113,11 @@ def _act(step: Step) -> Any:
     if isinstance(step, Send):
         return step.transport.perform(step.operation, step.deadline)
     if isinstance(step, Receive):
-        return step.stream.receive()
+        try:
+            return step.stream.receive()
+        except BaseException:  # An interrupt too leaves nobody who would read on.
+            step.stream.close()
+            raise
     if isinstance(step, Open):
         return step.transport.open(step.request, step.deadline)
     if isinstance(step, Pause):
@@ -137,7 +141,11 @@ async def _act_async(step: Step) -> Any:
     if isinstance(step, Send):
         return await step.transport.perform(step.operation, step.deadline)
     if isinstance(step, Receive):
-        return await step.stream.receive()
+        try:
+            return await step.stream.receive()
+        except BaseException:  # A task that is cancelled leaves nobody who would read on.
+            await step.stream.close()
+            raise
     if isinstance(step, Open):
         return await step.transport.open(step.request, step.deadline)
     if isinstance(step, Pause):

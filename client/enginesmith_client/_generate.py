@@ -1,93 +1,155 @@
-"""Text generation as tensors: the prompt and its options in, a ``Generation`` out. Pure.
+"""Text generation as tensors: a question and its options in. Pure.
 
 A model takes part by having the input ``text_input`` and the output ``text_output``; everything else is
-optional and sent or read only where the metadata lists it.
+optional and sent or asked for only where the metadata lists it. ``_answer`` reads what comes back.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import TypeAlias
 
 import numpy as np
 
+from enginesmith_client._chat import ChatTemplate, Message, messages_json
 from enginesmith_client._codec import NUMPY_TYPES, Array, text_bytes
-from enginesmith_client._errors import InvalidInput, ServerError
-from enginesmith_client._messages import Generation, InferResult, ModelMetadata, TensorMetadata
+from enginesmith_client._dialects import (
+    FINISH_REASON,
+    LOGPROBS,
+    MESSAGES,
+    OUTPUT_TOKENS,
+    PROMPT_TOKENS,
+    TEXT_INPUT,
+    TEXT_OUTPUT,
+    TOKENS,
+    Dialect,
+    dialect_of,
+)
+from enginesmith_client._errors import InvalidInput
+from enginesmith_client._messages import ModelMetadata, TensorMetadata
 
 Option: TypeAlias = "int | float | bool | str | Sequence[str] | None"
 
-OPTION_INPUTS: Mapping[str, str] = {
-    "max_tokens": "max_tokens",
-    "temperature": "temperature",
-    "top_k": "top_k",
-    "top_p": "top_p",
-    "repetition_penalty": "repetition_penalty",
-    "seed": "seed",
-    "stop": "stop_words",
-    "chat": "apply_chat_template",
-}
-"""The model input that carries each option of ``Client.generate``."""
 
-_OUTPUTS = ("text_output", "finish_reason", "num_input_tokens", "num_output_tokens")
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The options of ``Client.generate`` under its names; None leaves one to the model."""
+
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    seed: int | None = None
+    stop: str | Sequence[str] | None = None
+    chat: bool = False
+    logprobs: bool = False
+
+    def given(self) -> dict[str, Option]:
+        """Those that are to be sent."""
+        values = {option.name: getattr(self, option.name) for option in fields(self)}
+        return {name: value for name, value in values.items() if value is not None and value is not False}
 
 
-def inputs_from_prompt(
-    metadata: ModelMetadata, prompt: str, *, options: Mapping[str, Option]
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What a language model is asked: a prompt, or a conversation."""
+
+    content: str | Sequence[Message]
+    options: Options
+    is_conversation: bool = False
+    template: ChatTemplate | None = None
+    """Renders the conversation here."""
+
+
+def inputs_from_question(
+    metadata: ModelMetadata, question: Question, *, streaming: bool = False
 ) -> dict[str, Array]:
-    """The input arrays for one prompt; options that are None are left out.
+    """The input arrays for one question; options that were not given are left out.
 
     Raises:
         InvalidInput: the model does not generate text, lacks an option that was asked for, or a value is not sendable.
     """
-    text_input = metadata.input("text_input")
-    if text_input is None or metadata.output("text_output") is None:
+    if metadata.input(TEXT_INPUT) is None or metadata.output(TEXT_OUTPUT) is None:
         names = ", ".join(tensor.name for tensor in (*metadata.inputs, *metadata.outputs))
         raise InvalidInput(
             f"model {metadata.name!r} does not generate text: it must have the tensors text_input and text_output; it has: {names}",
             hint="use infer for other models",
         )
-    if not isinstance(prompt, str):
-        raise InvalidInput(f"the prompt must be a str; seen: {type(prompt).__name__}")
-    arrays = {"text_input": _array([text_bytes(prompt, what="the prompt")], text_input)}
-    for option, value in options.items():
-        if value is not None:
-            tensor = _option_input(metadata, option)
-            values = _stop_words(value) if option == "stop" else [value]
-            arrays[tensor.name] = _array([_checked(option, one, tensor.datatype) for one in values], tensor)
+    dialect = dialect_of(metadata)
+    arrays = _content_input(metadata, question)
+    for option, value in question.options.given().items():
+        tensor = _option_input(metadata, dialect, option)
+        values = _stop_words(value) if option == "stop" else [value]
+        arrays[tensor.name] = _array([_checked(option, one, tensor.datatype) for one in values], tensor)
+    for name in (*dialect.always, dialect.stream) if streaming else dialect.always:
+        flag = metadata.input(name)
+        if flag is not None:
+            arrays[name] = _array([True], flag)
+    _check_required(metadata, dialect, arrays)
     return arrays
 
 
-def outputs_to_request(metadata: ModelMetadata) -> list[str]:
-    """The outputs of the model that a ``Generation`` is made of."""
-    return [name for name in _OUTPUTS if metadata.output(name) is not None]
+def outputs_to_request(metadata: ModelMetadata, options: Options) -> list[str]:
+    """The outputs of the model that an answer is made of."""
+    names = [TEXT_OUTPUT, FINISH_REASON, PROMPT_TOKENS, OUTPUT_TOKENS]
+    if options.logprobs:
+        names += [LOGPROBS, TOKENS]
+    return [name for name in names if metadata.output(name) is not None]
 
 
-def generation_from_result(result: InferResult, *, latency_s: float) -> Generation:
-    """The generation in the outputs of an inference."""
-    text = _single(result, "text_output")
-    if text is None:
-        raise ServerError(f"the answer of model {result.model!r} has no text_output")
-    reason = _single(result, "finish_reason")
-    return Generation(
-        text=_decoded(text, result.model),
-        finish_reason=None if reason is None else _decoded(reason, result.model),
-        prompt_tokens=_count(result, "num_input_tokens"),
-        output_tokens=_count(result, "num_output_tokens"),
-        model=result.model,
-        model_version=result.version,
-        latency_s=latency_s,
-    )
-
-
-def _option_input(metadata: ModelMetadata, option: str) -> TensorMetadata:
-    name = OPTION_INPUTS[option]
-    tensor = metadata.input(name)
-    if tensor is None:
-        available = [known for known, carrier in OPTION_INPUTS.items() if metadata.input(carrier) is not None]
+def _content_input(metadata: ModelMetadata, question: Question) -> dict[str, Array]:
+    text_input = metadata.input(TEXT_INPUT)
+    assert text_input is not None, "checked first"
+    content = question.content
+    if not question.is_conversation:
+        if not isinstance(content, str):
+            raise InvalidInput(f"the prompt must be a str; seen: {type(content).__name__}")
+        return {TEXT_INPUT: _array([text_bytes(content, what="the prompt")], text_input)}
+    assert not isinstance(content, str) or question.is_conversation
+    if question.template is not None:
+        rendered = question.template.render(content)  # type: ignore[arg-type]
+        return {TEXT_INPUT: _array([text_bytes(rendered, what="the prompt")], text_input)}
+    conversation = messages_json(content)  # type: ignore[arg-type]
+    messages = metadata.input(MESSAGES)
+    if messages is None:
         raise InvalidInput(
-            f"model {metadata.name!r} has no option {option} (no input {name!r})",
+            f"model {metadata.name!r} takes no conversations: it has no input {MESSAGES!r}",
+            hint="give template=ChatTemplate.from_directory(path of the model's tokenizer), which renders the "
+            "conversation here, or ask a model that has this input, as those do that enginesmith builds for ONNX Runtime",
+        )
+    return {MESSAGES: _array([conversation.encode()], messages)}
+
+
+def _check_required(metadata: ModelMetadata, dialect: Dialect, arrays: Mapping[str, Array]) -> None:
+    """Speaks of options, where the check of all inputs could only speak of tensors."""
+    for option, name in dialect.options.items():
+        tensor = metadata.input(name)
+        if tensor is not None and not tensor.optional and name not in arrays:
+            raise InvalidInput(
+                f"model {metadata.name!r} needs the option {option}", hint=f"give {option}=..."
+            )
+
+
+def _option_input(metadata: ModelMetadata, dialect: Dialect, option: str) -> TensorMetadata:
+    name = dialect.options.get(option)
+    tensor = metadata.input(name) if name else None
+    # Log-probabilities without the tokens that they belong to could not be told apart.
+    if tensor is None or (option == "logprobs" and metadata.output(TOKENS) is None):
+        available = [
+            known
+            for known, carrier in dialect.options.items()
+            if metadata.input(carrier) is not None
+            and (known != "logprobs" or metadata.output(TOKENS) is not None)
+        ]
+        missing = f"no input {name!r}" if name and tensor is None else f"no output {TOKENS!r}"
+        raise InvalidInput(
+            f"model {metadata.name!r} has no option {option}" + (f" ({missing})" if name else ""),
             hint=f"leave it out; the options of this model: {', '.join(available) or 'none'}",
         )
     return tensor
@@ -130,37 +192,3 @@ def _array(values: list[object], tensor: TensorMetadata) -> Array:
     array = np.empty(len(values), dtype=dtype)
     array[:] = values
     return array.reshape((1,) * (len(tensor.shape) - 1) + (len(values),))
-
-
-def _single(result: InferResult, name: str) -> object | None:
-    """The one element of an output, or None if the model did not send it."""
-    if name not in result.outputs:
-        return None
-    values = result.outputs[name].reshape(-1)
-    if values.size != 1:
-        raise ServerError(
-            f"output {name} of model {result.model!r} holds {values.size} values for one prompt; expected 1"
-        )
-    element: object = values.item()
-    return element
-
-
-def _count(result: InferResult, name: str) -> int | None:
-    value = _single(result, name)
-    if value is None or isinstance(value, int):
-        return value
-    raise ServerError(
-        f"output {name} of model {result.model!r} is {type(value).__name__}; expected an integer"
-    )
-
-
-def _decoded(text: object, model: str) -> str:
-    if not isinstance(text, bytes):
-        raise ServerError(f"model {model!r} answered with {type(text).__name__} where text was expected")
-    try:
-        return text.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ServerError(
-            f"the text of model {model!r} is not valid UTF-8: {error.reason} at byte {error.start}",
-            hint="use infer to get the raw bytes",
-        ) from error

@@ -119,6 +119,16 @@ class InferResult:
 
 
 @dataclass(frozen=True)
+class TokenLogprob:
+    """A token of an answer."""
+
+    token: bytes
+    """Its text; bytes because a token may be a part of a character."""
+    logprob: float
+    """Natural logarithm of the probability that the model gave it."""
+
+
+@dataclass(frozen=True)
 class Generation:
     """The answer of a language model. What the model does not report is None."""
 
@@ -131,6 +141,25 @@ class Generation:
     model_version: str
     latency_s: float
     """From the call to the decoded answer, as seen by the caller."""
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    """Of every token of the answer, where they were asked for."""
+    ttft_s: float | None = None
+    """From the call to the first piece of a streamed answer, as seen by the caller."""
+
+
+@dataclass(frozen=True)
+class TextDelta:
+    """One piece of a streamed answer. What the model does not report is None."""
+
+    text: str
+    """The new text; may be empty, the last piece often is."""
+    output_tokens: int | None
+    """Of the whole answer so far."""
+    prompt_tokens: int | None
+    finish_reason: str | None
+    """As of ``Generation``; None before the last piece."""
+    logprobs: tuple[TokenLogprob, ...] | None
+    """Of the tokens of this piece, where they were asked for."""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from enginesmith_client._codec import (
     datatype_from_dtype,
     text_bytes,
 )
+from enginesmith_client._deadline import Deadline
 from enginesmith_client._errors import InvalidInput, ServerError
 from enginesmith_client._messages import (
     InferReply,
@@ -33,14 +35,52 @@ from enginesmith_client._messages import (
 )
 
 
+@dataclass(frozen=True)
+class Sequence_:  # noqa: N801 - collections.abc.Sequence is what callers import under the plain name
+    """Which sequence of requests one belongs to, for models that keep state between requests."""
+
+    id: int | str
+    """Not 0 and not empty; Triton takes these for "none"."""
+    start: bool = False
+    end: bool = False
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """What a request carries beside its tensors."""
+
+    request_id: str = ""
+    priority: int | None = None
+    sequence: Sequence_ | None = None
+    parameters: Mapping[str, Parameter] | None = None
+
+
+NO_ENVELOPE = Envelope()
+_LONGEST_TIMEOUT_US = 10**15
+"""Triton counts in 64-bit nanoseconds since 1970: what is longer would be over at once."""
+
+
+def check_answers_once(metadata: ModelMetadata) -> None:
+    """Return if one request to the model has exactly one answer.
+
+    Raises:
+        InvalidInput: it is decoupled.
+    """
+    if metadata.decoupled:
+        raise InvalidInput(
+            f"model {metadata.name!r} is decoupled: it may answer one request many times, and this call waits for exactly one answer",
+            hint="use infer_stream; for a language model generate or stream",
+        )
+
+
 def request_from_arrays(
     metadata: ModelMetadata,
     inputs: Mapping[str, Array],
     *,
     outputs: Sequence[str] | None,
     version: str,
-    request_id: str,
-    parameters: Mapping[str, Parameter] | None,
+    envelope: Envelope,
+    deadline: Deadline,
     classes: int = 0,
 ) -> InferRequest:
     """The request that carries ``inputs`` to the model.
@@ -48,12 +88,6 @@ def request_from_arrays(
     Raises:
         InvalidInput: a name, dtype, shape or batch size is not what the metadata says, or a required input is missing.
     """
-    if metadata.decoupled:
-        raise InvalidInput(
-            f"model {metadata.name!r} is decoupled: it may answer one request many times, and this call waits for exactly one answer",
-            hint="use a model whose configuration does not set model_transaction_policy.decoupled",
-        )
-    text_bytes(request_id, what="request_id")
     _check_names(metadata, inputs, outputs or ())
     for name, array in inputs.items():
         _check_array(metadata, name, array)
@@ -61,11 +95,12 @@ def request_from_arrays(
     return InferRequest(
         model=metadata.name,
         version=version,
-        id=request_id,
+        id=envelope.request_id,
         inputs=tuple(_wire_tensor(metadata, name, array) for name, array in inputs.items()),
         outputs=tuple(outputs or ()),
-        parameters=_checked_parameters(parameters or {}),
+        parameters=_parameters(envelope, deadline),
         classes=classes,
+        metadata=metadata,
     )
 
 
@@ -182,6 +217,45 @@ def _wire_tensor(metadata: ModelMetadata, name: str, array: Array) -> WireTensor
     except InvalidInput as error:
         raise InvalidInput(f"input {name!r}: {error.message}", hint=error.hint) from error
     return WireTensor(name, tensor.datatype, array.shape, data)
+
+
+def _parameters(envelope: Envelope, deadline: Deadline) -> Mapping[str, Parameter]:
+    """Triton's request parameters. ``timeout`` is what is left of the deadline, so nothing waits in a queue for nobody."""
+    text_bytes(envelope.request_id, what="request_id")
+    made: dict[str, Parameter] = {"timeout": min(int(deadline.remaining_s() * 1e6), _LONGEST_TIMEOUT_US)}
+    if envelope.priority is not None:
+        made["priority"] = _checked_priority(envelope.priority)
+    if envelope.sequence is not None:
+        made |= _sequence_parameters(envelope.sequence)
+    if envelope.parameters:
+        made |= _checked_parameters(envelope.parameters)
+    return made
+
+
+def _checked_priority(priority: int) -> int:
+    if isinstance(priority, bool) or not isinstance(priority, int) or not 0 <= priority < 2**31:
+        raise InvalidInput(
+            f"priority is {priority!r}; it must be an int from 1 (the highest) to the priority_levels of the model, or 0 for its default"
+        )
+    return priority
+
+
+def _sequence_parameters(sequence: Sequence_) -> dict[str, Parameter]:
+    if not isinstance(sequence, Sequence_):
+        raise InvalidInput(f"sequence is {sequence!r}; it must be a Sequence_(id, start=..., end=...)")
+    if isinstance(sequence.id, bool) or not isinstance(sequence.id, (int, str)) or not sequence.id:
+        raise InvalidInput(
+            f"the id of a sequence is {sequence.id!r}; it must be a positive int or a non-empty str"
+        )
+    if isinstance(sequence.id, int) and not 0 < sequence.id < 2**63:
+        raise InvalidInput(f"the id of a sequence is {sequence.id}; it must be from 1 to {2**63 - 1}")
+    if isinstance(sequence.id, str):
+        text_bytes(sequence.id, what="the id of a sequence")
+    return {
+        "sequence_id": sequence.id,
+        "sequence_start": bool(sequence.start),
+        "sequence_end": bool(sequence.end),
+    }
 
 
 def _checked_parameters(parameters: Mapping[str, Parameter]) -> Mapping[str, Parameter]:

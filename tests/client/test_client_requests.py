@@ -11,7 +11,7 @@ import pytest
 from enginesmith_client import InvalidInput, ModelMetadata, TensorMetadata
 from enginesmith_client._address import Address, address_from_url
 from enginesmith_client._deadline import Deadline
-from enginesmith_client._generate import inputs_from_prompt
+from enginesmith_client._generate import inputs_from_question
 from enginesmith_client._messages import InferRequest
 from enginesmith_client._requests import request_from_arrays
 
@@ -113,14 +113,14 @@ def test_a_scalar_for_a_batched_input_is_a_wrong_shape_and_not_a_crash() -> None
 
 
 def test_a_prompt_becomes_a_batch_of_one_and_only_asked_options_are_sent() -> None:
-    arrays = inputs_from_prompt(LLM, "héllo", options={"max_tokens": None, "chat": None})
+    arrays = inputs_from_question(LLM, "héllo", options={"max_tokens": None, "chat": None})
     assert list(arrays) == ["text_input"]
     assert arrays["text_input"].tolist() == [["héllo".encode()]]
 
 
 def test_options_have_the_datatypes_of_the_model() -> None:
     options = {"max_tokens": 5, "temperature": 1, "seed": 2**64 - 1, "stop": ["a", "bc"], "chat": True}
-    arrays = inputs_from_prompt(LLM, "", options=options)
+    arrays = inputs_from_question(LLM, "", options=options)
     assert {
         name: (array.dtype.str, array.tolist()) for name, array in arrays.items() if name != "text_input"
     } == {
@@ -133,7 +133,7 @@ def test_options_have_the_datatypes_of_the_model() -> None:
 
 
 def test_one_stop_word_may_be_given_as_a_string() -> None:
-    assert inputs_from_prompt(LLM, "", options={"stop": "END"})["stop_words"].tolist() == [[b"END"]]
+    assert inputs_from_question(LLM, "", options={"stop": "END"})["stop_words"].tolist() == [[b"END"]]
 
 
 @pytest.mark.parametrize(
@@ -156,18 +156,18 @@ def test_one_stop_word_may_be_given_as_a_string() -> None:
 )
 def test_options_that_the_model_cannot_take_are_refused(options: Mapping[str, Any], message: str) -> None:
     with pytest.raises(InvalidInput, match=re.escape(message)):
-        inputs_from_prompt(LLM, "hi", options=options)
+        inputs_from_question(LLM, "hi", options=options)
 
 
 def test_a_model_that_does_not_generate_text_is_named_as_such() -> None:
     with pytest.raises(InvalidInput, match="'m' does not generate text"):
-        inputs_from_prompt(BATCHED, "hi", options={})
+        inputs_from_question(BATCHED, "hi", options={})
 
 
 @pytest.mark.parametrize("prompt", ["\ud800", b"bytes", None])
 def test_a_prompt_that_is_not_text_is_refused(prompt: Any) -> None:
     with pytest.raises(InvalidInput, match="the prompt"):
-        inputs_from_prompt(LLM, prompt, options={})
+        inputs_from_question(LLM, prompt, options={})
 
 
 @pytest.mark.parametrize(
