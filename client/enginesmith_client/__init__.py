@@ -13,6 +13,7 @@ from enginesmith_client._errors import (
     ServerError,
     TritonClientError,
 )
+from enginesmith_client._limits import RateLimit
 from enginesmith_client._messages import (
     BatchStatistics,
     Classification,
@@ -28,6 +29,7 @@ from enginesmith_client._messages import (
     TokenLogprob,
 )
 from enginesmith_client._requests import Sequence_
+from enginesmith_client._retries import Retry
 from enginesmith_client._settings import Tls
 from enginesmith_client._stream import AsyncResultStream, AsyncTextStream, ResultStream, TextStream
 
@@ -55,7 +57,9 @@ __all__ = [
     "ModelStatus",
     "Overloaded",
     "RankedDocument",
+    "RateLimit",
     "ResultStream",
+    "Retry",
     "Sequence_",
     "ServerError",
     "TensorMetadata",

@@ -10,6 +10,7 @@ from enginesmith_client._calls import Calls
 from enginesmith_client._codec import Array
 from enginesmith_client._dispatch import Dispatcher
 from enginesmith_client._flow import run_async
+from enginesmith_client._limits import RateLimit
 from enginesmith_client._messages import (
     Classification,
     InferResult,
@@ -21,6 +22,7 @@ from enginesmith_client._messages import (
     RankedDocument,
 )
 from enginesmith_client._requests import Envelope, Sequence_
+from enginesmith_client._retries import Retry
 from enginesmith_client._settings import Compression, ConnectionSettings, Tls
 from enginesmith_client._stream import AsyncResultStream
 from enginesmith_client._text_methods_aio import AsyncTextMethods
@@ -39,6 +41,8 @@ class AsyncClient(AsyncTextMethods):
         headers: Mapping[str, str] | None = None,
         tls: Tls | None = None,
         compression: Compression = "none",
+        retry: Retry = Retry(),  # noqa: B008 - frozen
+        limit: RateLimit | None = None,
         shared_memory_bytes: int | None = None,
         connections: int = 1,
     ) -> None:
@@ -52,7 +56,7 @@ class AsyncClient(AsyncTextMethods):
             shared_memory_bytes=shared_memory_bytes,
         )
         transports = [ASYNC_TRANSPORTS[address.protocol](address, settings) for address in addresses]
-        self._calls = Calls(Dispatcher(addresses, transports), timeout_s)
+        self._calls = Calls(Dispatcher(addresses, transports, retry=retry, limit=limit), timeout_s)
 
     @classmethod
     def _with_transport(cls, transport: AsyncTransport, *, name: str, timeout_s: float = 60.0) -> AsyncClient:
@@ -77,9 +81,10 @@ class AsyncClient(AsyncTextMethods):
         """The server's address, with its protocol and port; several are joined by commas."""
         return self._calls.dispatcher.name
 
-    async def close(self) -> None:
-        """Close the connections. Every later call raises ``InvalidInput``."""
+    async def close(self, *, drain_s: float = 0.0) -> None:
+        """As ``Client.close``, for the calls of other tasks."""
         self._calls.closed = True
+        await run_async(self._calls.dispatcher.running.drain(drain_s))
         for transport in self._calls.dispatcher.transports:
             await transport.close()
 

@@ -10,6 +10,7 @@ from enginesmith_client._calls import Calls
 from enginesmith_client._codec import Array
 from enginesmith_client._dispatch import Dispatcher
 from enginesmith_client._flow import run
+from enginesmith_client._limits import RateLimit
 from enginesmith_client._messages import (
     Classification,
     InferResult,
@@ -21,6 +22,7 @@ from enginesmith_client._messages import (
     RankedDocument,
 )
 from enginesmith_client._requests import Envelope, Sequence_
+from enginesmith_client._retries import Retry
 from enginesmith_client._settings import Compression, ConnectionSettings, Tls
 from enginesmith_client._stream import ResultStream
 from enginesmith_client._text_methods import TextMethods
@@ -44,6 +46,8 @@ class Client(TextMethods):
         headers: Mapping[str, str] | None = None,
         tls: Tls | None = None,
         compression: Compression = "none",
+        retry: Retry = Retry(),  # noqa: B008 - frozen
+        limit: RateLimit | None = None,
         shared_memory_bytes: int | None = None,
         connections: int = 1,
     ) -> None:
@@ -57,7 +61,7 @@ class Client(TextMethods):
             shared_memory_bytes=shared_memory_bytes,
         )
         transports = [TRANSPORTS[address.protocol](address, settings) for address in addresses]
-        self._calls = Calls(Dispatcher(addresses, transports), timeout_s)
+        self._calls = Calls(Dispatcher(addresses, transports, retry=retry, limit=limit), timeout_s)
 
     @classmethod
     def _with_transport(cls, transport: Transport, *, name: str, timeout_s: float = 60.0) -> Client:
@@ -82,9 +86,13 @@ class Client(TextMethods):
         """The server's address, with its protocol and port; several are joined by commas."""
         return self._calls.dispatcher.name
 
-    def close(self) -> None:
-        """Close the connections. Every later call raises ``InvalidInput``."""
+    def close(self, *, drain_s: float = 0.0) -> None:
+        """Close the connections. Every later call raises ``InvalidInput``.
+
+        Calls that are running in other threads have ``drain_s`` to end; then they are ended with ``Cancelled``.
+        """
         self._calls.closed = True
+        run(self._calls.dispatcher.running.drain(drain_s))
         for transport in self._calls.dispatcher.transports:
             transport.close()
 
