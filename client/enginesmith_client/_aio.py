@@ -41,7 +41,7 @@ class AsyncClient(AsyncTextMethods):
         headers: Mapping[str, str] | None = None,
         tls: Tls | None = None,
         compression: Compression = "none",
-        retry: Retry = Retry(),  # noqa: B008 - frozen
+        retry: Retry = Retry(),
         limit: RateLimit | None = None,
         shared_memory_bytes: int | None = None,
         connections: int = 1,
@@ -59,10 +59,20 @@ class AsyncClient(AsyncTextMethods):
         self._calls = Calls(Dispatcher(addresses, transports, retry=retry, limit=limit), timeout_s)
 
     @classmethod
-    def _with_transport(cls, transport: AsyncTransport, *, name: str, timeout_s: float = 60.0) -> AsyncClient:
+    def _with_transport(
+        cls,
+        transport: AsyncTransport,
+        *,
+        name: str,
+        timeout_s: float = 60.0,
+        retry: Retry = Retry(),
+        limit: RateLimit | None = None,
+    ) -> AsyncClient:
         """A client of something that behaves like a server; ``enginesmith_client.testing`` uses it."""
         client = cls.__new__(cls)
-        client._calls = Calls(Dispatcher([address_from_url(name)], [transport]), timeout_s)
+        client._calls = Calls(
+            Dispatcher([address_from_url(name)], [transport], retry=retry, limit=limit), timeout_s
+        )
         return client
 
     async def __aenter__(self) -> AsyncClient:

@@ -29,6 +29,7 @@ from enginesmith_client._requests import (
     request_from_arrays,
     result_from_reply,
 )
+from enginesmith_client._running import counted
 from enginesmith_client._server_calls import ServerCalls
 from enginesmith_client._stream import Opening, Reading
 
@@ -173,6 +174,7 @@ class Calls(ServerCalls):
         )
         return _texts.ranking_from_results(batches, documents)
 
+    @counted
     def _infer_texts(
         self,
         model: str,

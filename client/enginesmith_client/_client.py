@@ -46,7 +46,7 @@ class Client(TextMethods):
         headers: Mapping[str, str] | None = None,
         tls: Tls | None = None,
         compression: Compression = "none",
-        retry: Retry = Retry(),  # noqa: B008 - frozen
+        retry: Retry = Retry(),
         limit: RateLimit | None = None,
         shared_memory_bytes: int | None = None,
         connections: int = 1,
@@ -64,10 +64,20 @@ class Client(TextMethods):
         self._calls = Calls(Dispatcher(addresses, transports, retry=retry, limit=limit), timeout_s)
 
     @classmethod
-    def _with_transport(cls, transport: Transport, *, name: str, timeout_s: float = 60.0) -> Client:
+    def _with_transport(
+        cls,
+        transport: Transport,
+        *,
+        name: str,
+        timeout_s: float = 60.0,
+        retry: Retry = Retry(),
+        limit: RateLimit | None = None,
+    ) -> Client:
         """A client of something that behaves like a server; ``enginesmith_client.testing`` uses it."""
         client = cls.__new__(cls)
-        client._calls = Calls(Dispatcher([address_from_url(name)], [transport]), timeout_s)
+        client._calls = Calls(
+            Dispatcher([address_from_url(name)], [transport], retry=retry, limit=limit), timeout_s
+        )
         return client
 
     def __enter__(self) -> Client:

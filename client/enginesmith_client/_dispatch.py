@@ -32,7 +32,7 @@ from enginesmith_client._operations import (
     UnloadModel,
 )
 from enginesmith_client._retries import Retry, RetryBudget
-from enginesmith_client._running import Running
+from enginesmith_client._running import Running, counted
 
 _READS = (ReadMetadata, ReadConfig, ReadStatistics, ReadIndex)
 _PINNED_SEQUENCES = 10_000
@@ -60,7 +60,6 @@ class Dispatcher:
             limit=limit,
         )
         self._endpoints = self._rules.endpoints
-        self.running = self._rules.running
         self._lock = threading.Lock()
         self._sequences: dict[tuple[str, object], Endpoint] = {}
 
@@ -69,6 +68,12 @@ class Dispatcher:
         """The servers in words."""
         return ", ".join(str(address) for address in self.addresses)
 
+    @property
+    def running(self) -> Running:
+        """The calls that are under way."""
+        return self._rules.running
+
+    @counted
     def perform(
         self, operation: Operation, deadline: Deadline, *, idempotent: bool | None = None
     ) -> Flow[Any]:
@@ -76,14 +81,13 @@ class Dispatcher:
 
         Readiness is that of any server, loading and unloading are done on all of them, and all else on one.
         """
-        with self.running.call():
-            if isinstance(operation, (ServerReady, ModelReady)):
-                return (yield from self._ready(operation, deadline))
-            if isinstance(operation, (LoadModel, UnloadModel)) and len(self.transports) > 1:
-                everywhere = [self._send(operation, deadline, only=one) for one in self._endpoints.all]
-                yield Together(everywhere, at_once=len(everywhere))
-                return None
-            return (yield from self._send(operation, deadline, idempotent=idempotent))
+        if isinstance(operation, (ServerReady, ModelReady)):
+            return (yield from self._ready(operation, deadline))
+        if isinstance(operation, (LoadModel, UnloadModel)) and len(self.transports) > 1:
+            everywhere = [self._send(operation, deadline, only=one) for one in self._endpoints.all]
+            yield Together(everywhere, at_once=len(everywhere))
+            return None
+        return (yield from self._send(operation, deadline, idempotent=idempotent))
 
     def open(self, request: InferRequest, deadline: Deadline, *, idempotent: bool | None = None) -> Flow[Any]:
         """An open stream of answers to ``request``. Until its first answer is there, it is tried again like any request."""

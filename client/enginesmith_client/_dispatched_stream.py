@@ -50,6 +50,10 @@ class StreamFlows:
                 reply = yield Receive(self._inner)
             except TritonClientError as error:
                 failure = error
+            except BaseException:
+                # The task was cancelled: whoever reads may never come back to close this.
+                self._let_go()
+                raise
             else:
                 self._received(reply)
                 return reply  # type: ignore[no-any-return]

@@ -2,14 +2,41 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
+from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 from enginesmith_client._errors import Cancelled
 from enginesmith_client._flow import Flow, Pause
 from enginesmith_client._signal import Signal
+
+
+class _Counting(Protocol):
+    @property
+    def running(self) -> Running: ...
+
+
+_Owner = TypeVar("_Owner", bound=_Counting)
+_Given = ParamSpec("_Given")
+_Result = TypeVar("_Result")
+
+
+def counted(
+    method: Callable[Concatenate[_Owner, _Given], Flow[_Result]],
+) -> Callable[Concatenate[_Owner, _Given], Flow[_Result]]:
+    """``method`` as a flow that counts as one running call from its first step to its end, pauses among it."""
+
+    @functools.wraps(method)
+    def call(self: _Owner, /, *args: _Given.args, **kwargs: _Given.kwargs) -> Flow[_Result]:
+        self.running.begin()
+        try:
+            return (yield from method(self, *args, **kwargs))
+        finally:
+            self.running.end()
+
+    return call
 
 
 class Running:
@@ -23,21 +50,12 @@ class Running:
         self._drained: Signal | None = None
         self._cut = False
 
-    @contextlib.contextmanager
-    def call(self) -> Iterator[None]:
-        """While a call is inside, ``drain`` waits for it.
+    def begin(self) -> None:
+        """Count a call as running: ``drain`` waits for its ``end``.
 
         Raises:
             Cancelled: the client was closed and waits no more.
         """
-        self.begin()
-        try:
-            yield
-        finally:
-            self.end()
-
-    def begin(self) -> None:
-        """Count a call as running; see ``call``."""
         with self._lock:
             if self._cut:
                 raise self.closed_error()

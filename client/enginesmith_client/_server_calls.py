@@ -41,6 +41,7 @@ from enginesmith_client._operations import (
     ServerReady,
     UnloadModel,
 )
+from enginesmith_client._running import Running, counted
 
 _POLL_INTERVAL_S = 0.2
 _UNLOAD_POLL_INTERVAL_S = 0.02
@@ -60,6 +61,11 @@ class ServerCalls:
         self.timeout_s = Deadline.after(timeout_s).timeout_s
         self.closed = False
         self._known: dict[tuple[str, str], ModelMetadata] = {}
+
+    @property
+    def running(self) -> Running:
+        """The calls that are under way; ``close`` may wait for them."""
+        return self.dispatcher.running
 
     def is_ready(self, model: str | None, *, version: str, timeout_s: float | None) -> Flow[bool]:
         """Whether the server, or one model on it, takes requests."""
@@ -165,6 +171,7 @@ class ServerCalls:
             if name == model:
                 self._known.pop((name, version), None)
 
+    @counted
     def _with_metadata(self, model: str, version: str, deadline: Deadline, ask: Ask[Result]) -> Flow[Result]:
         """Ask with the cached metadata; if that is refused and the model has changed meanwhile, once more."""
         _check_model(model, version)

@@ -10,8 +10,10 @@ from enginesmith_client._address import address_from_url
 from enginesmith_client._aio import AsyncClient
 from enginesmith_client._client import Client
 from enginesmith_client._errors import Call, TritonClientError, error_from_status
+from enginesmith_client._limits import RateLimit
 from enginesmith_client._messages import ModelMetadata, TensorMetadata
 from enginesmith_client._operations import Operation
+from enginesmith_client._retries import Retry
 from enginesmith_client.testing._backend import Backend, RecordedRequest
 from enginesmith_client.testing._encoders import (
     Classify,
@@ -60,16 +62,28 @@ class FakeServer:
         """How much virtual time has passed: the sum of the latencies."""
         return self._backend.clock_s
 
-    def client(self, *, timeout_s: float = 60.0) -> Client:
+    def client(
+        self, *, timeout_s: float = 60.0, retry: Retry = Retry(), limit: RateLimit | None = None
+    ) -> Client:
         """A client of this server, for threads. Any number may be made."""
         return Client._with_transport(
-            FakeTransport(self._backend), name=self._backend.address, timeout_s=timeout_s
+            FakeTransport(self._backend),
+            name=self._backend.address,
+            timeout_s=timeout_s,
+            retry=retry,
+            limit=limit,
         )
 
-    def async_client(self, *, timeout_s: float = 60.0) -> AsyncClient:
+    def async_client(
+        self, *, timeout_s: float = 60.0, retry: Retry = Retry(), limit: RateLimit | None = None
+    ) -> AsyncClient:
         """A client of this server, for tasks."""
         return AsyncClient._with_transport(
-            AsyncFakeTransport(self._backend), name=self._backend.address, timeout_s=timeout_s
+            AsyncFakeTransport(self._backend),
+            name=self._backend.address,
+            timeout_s=timeout_s,
+            retry=retry,
+            limit=limit,
         )
 
     def add_model(
