@@ -21,6 +21,7 @@ from enginesmith import (
     cli_demo,
     cli_doctor,
     cli_inspect,
+    cli_openai,
     cli_rehearse,
     cli_sensitivity,
     cli_serve,
@@ -85,7 +86,16 @@ def commands(context: click.Context, store_root: Path) -> None:
     context.obj = store_root
 
 
-_MODULES = (cli_build, cli_rehearse, cli_serve, cli_demo, cli_doctor, cli_inspect, cli_sensitivity)
+_MODULES = (
+    cli_build,
+    cli_rehearse,
+    cli_serve,
+    cli_demo,
+    cli_doctor,
+    cli_inspect,
+    cli_sensitivity,
+    cli_openai,
+)
 for _verb in (verb for module in _MODULES for verb in module.VERBS):
     commands.add_command(_verb)
 
