@@ -262,7 +262,8 @@ class Backend:
         served.ever_loaded = True
         if served.load_error is not None:
             version = max(served.model.versions, key=int)
-            served.ready, served.reason = False, served.load_error
+            # What was ready before serves on.
+            served.reason = "" if served.ready else served.load_error
             raise Refusal(
                 "invalid_argument",
                 f"load failed for model '{operation.model}': version {version} is at UNAVAILABLE state: {served.load_error};",
