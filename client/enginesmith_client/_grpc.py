@@ -1,88 +1,164 @@
-"""The gRPC transport for threads, over the messages and stubs of tritonclient."""
+"""The gRPC transport for threads, over the messages and stubs of tritonclient.
+
+Not over ``tritonclient.grpc.InferenceServerClient``: that one keeps one stream per client object. A connection of HTTP/2
+has no such limit, so here every request to a decoupled model is a stream of its own, with its own deadline,
+cancellation and status, and all share the client's few connections.
+"""
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import grpc  # type: ignore[import-untyped]
 from tritonclient.grpc import service_pb2_grpc
 
 from enginesmith_client._address import Address
+from enginesmith_client._balance import LeastBusy
 from enginesmith_client._deadline import Deadline
 from enginesmith_client._errors import Call, error_from_status
+from enginesmith_client._flow import run
 from enginesmith_client._grpc_messages import (
-    CHANNEL_OPTIONS,
+    COMPRESSIONS,
     RPCS,
+    STREAM_METADATA,
+    channel_credentials,
+    channel_options,
     error_from_rpc,
     is_final,
-    message_from_request,
-    reply_from_message,
+    reply_from_stream,
+    stream_message_from_request,
 )
 from enginesmith_client._messages import InferReply, InferRequest
-from enginesmith_client._operations import Operation, described
-from enginesmith_client._settings import ConnectionSettings
+from enginesmith_client._operations import Infer, Operation, described
+from enginesmith_client._process import OwnProcess
+from enginesmith_client._settings import ConnectionSettings, Tls
+from enginesmith_client._sharing import shared_memory_over
 
 
 class GrpcTransport:
     """Speaks KServe v2 with Triton's extensions over gRPC."""
 
     def __init__(self, address: Address, settings: ConnectionSettings) -> None:
-        self._address = str(address)
-        self._settings = settings
-        self._channel = grpc.insecure_channel(address.authority, options=CHANNEL_OPTIONS)
-        self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+        self._process = OwnProcess()
+        self._wire = _Wire(address, settings)
+        self._memory = shared_memory_over(self._wire, settings)
+
+    def perform(self, operation: Operation, deadline: Deadline) -> Any:
+        """As ``Transport.perform``."""
+        self._process.require()
+        if self._memory is not None and type(operation) is Infer:
+            return run(self._memory.infer(operation, deadline))
+        return self._wire.perform(operation, deadline)
+
+    def open(self, request: InferRequest, deadline: Deadline) -> GrpcReplyStream:
+        """As ``Transport.open``."""
+        self._process.require()
+        return self._wire.open(request, deadline)
+
+    def close(self) -> None:
+        """As ``Transport.close``; in a child of the process nothing happens, what there is belongs to the parent."""
+        if not self._process.is_this:
+            return
+        if self._memory is not None:
+            run(self._memory.release())
+        self._wire.close()
+
+
+class _Wire:
+    """The connections, and how operations go over them."""
+
+    def __init__(self, address: Address, settings: ConnectionSettings) -> None:
+        encrypted = address.encrypted or settings.tls is not None
+        self._address = f"grpc{'s' if encrypted else ''}://{address.authority}"
+        options, compression = channel_options(settings), COMPRESSIONS[settings.compression]
+        if encrypted:
+            credentials = channel_credentials(settings.tls or Tls())
+            self._channels = [
+                grpc.secure_channel(address.authority, credentials, options, compression)
+                for _ in range(settings.connections)
+            ]
+        else:
+            self._channels = [
+                grpc.insecure_channel(address.authority, options, compression)
+                for _ in range(settings.connections)
+            ]
+        self._stubs = LeastBusy(
+            [service_pb2_grpc.GRPCInferenceServiceStub(channel) for channel in self._channels]
+        )
+        self._metadata = tuple(settings.headers.items()) or None
 
     def perform(self, operation: Operation, deadline: Deadline) -> Any:
         rpc = RPCS[type(operation)]
         message = rpc.message(operation)
+        number = self._stubs.take()
         try:
-            reply = getattr(self._stub, rpc.method)(message, timeout=deadline.remaining_s())
+            reply = getattr(self._stubs.members[number], rpc.method)(
+                message, timeout=deadline.remaining_s(), metadata=self._metadata
+            )
         except grpc.RpcError as error:
-            model = getattr(operation, "model", None) or None
-            call = Call(self._address, described(operation), deadline.timeout_s, model)
-            raise error_from_rpc(error, call) from error
+            raise error_from_rpc(error, self._call(operation, deadline)) from error
+        except ValueError as error:  # How grpcio says that the channel was closed.
+            raise error_from_status("cancelled", str(error), call=self._call(operation, deadline)) from error
+        finally:
+            self._stubs.give_back(number)
         return rpc.reply(reply)
 
     def open(self, request: InferRequest, deadline: Deadline) -> GrpcReplyStream:
-        message = message_from_request(request)
-        message.parameters["triton_enable_empty_final_response"].bool_param = True
-        answers = self._stub.ModelStreamInfer(iter([message]), timeout=deadline.remaining_s())
-        call = Call(self._address, f"inference of model {request.model!r}", deadline.timeout_s, request.model)
-        return GrpcReplyStream(answers, call)
+        message = stream_message_from_request(request)
+        metadata = (*(self._metadata or ()), *STREAM_METADATA)
+        call = self._call(Infer(request), deadline)
+        number = self._stubs.take()
+        try:
+            answers = self._stubs.members[number].ModelStreamInfer(
+                iter((message,)), timeout=deadline.remaining_s(), metadata=metadata
+            )
+        except ValueError as error:
+            self._stubs.give_back(number)
+            raise error_from_status("cancelled", str(error), call=call) from error
+        return GrpcReplyStream(answers, call, lambda: self._stubs.give_back(number))
 
     def close(self) -> None:
-        self._channel.close()
+        for channel in self._channels:
+            channel.close()
+
+    def _call(self, operation: Operation, deadline: Deadline) -> Call:
+        model = getattr(operation, "model", None) or None
+        return Call(self._address, described(operation), deadline.timeout_s, model)
 
 
 class GrpcReplyStream:
     """The answers to one request."""
 
-    def __init__(self, answers: Any, call: Call) -> None:
+    def __init__(self, answers: Any, call: Call, on_end: Callable[[], None]) -> None:
         self._answers = answers
         self._call = call
-        self._ended = False
+        self._on_end = on_end
+        self._ended = threading.Lock()
+        """Held from the end on: whoever gets it ends the stream."""
 
     def receive(self) -> InferReply | None:
-        if self._ended:
+        """As ``ReplyStream.receive``."""
+        if self._ended.locked():
             return None
         try:
             answer = next(self._answers, None)
+            if answer is None:
+                raise error_from_status("broken", "the stream ended before its last answer", call=self._call)
+            reply = reply_from_stream(answer, self._call)
         except grpc.RpcError as error:
-            self._ended = True
+            self.close()
             raise error_from_rpc(error, self._call) from error
-        if answer is None:
-            self._ended = True
-            raise error_from_status("broken", "the stream ended before its last answer", call=self._call)
-        if answer.error_message:
+        except BaseException:
             self.close()
-            raise error_from_status("internal", answer.error_message, call=self._call)
-        reply = answer.infer_response
-        if is_final(reply):
+            raise
+        if is_final(answer.infer_response):
             self.close()
-            if not reply.outputs:
-                return None
-        return reply_from_message(reply)
+        return reply
 
     def close(self) -> None:
-        self._ended = True
-        self._answers.cancel()
+        """As ``ReplyStream.close``."""
+        if self._ended.acquire(blocking=False):
+            self._answers.cancel()
+            self._on_end()

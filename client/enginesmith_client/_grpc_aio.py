@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc  # type: ignore[import-untyped]
@@ -10,85 +10,163 @@ import grpc.aio  # type: ignore[import-untyped]
 from tritonclient.grpc import service_pb2_grpc
 
 from enginesmith_client._address import Address
+from enginesmith_client._balance import LeastBusy
 from enginesmith_client._deadline import Deadline
 from enginesmith_client._errors import Call, error_from_status
+from enginesmith_client._flow import run_async
 from enginesmith_client._grpc_messages import (
-    CHANNEL_OPTIONS,
+    COMPRESSIONS,
     RPCS,
+    STREAM_METADATA,
+    channel_credentials,
+    channel_options,
     error_from_rpc,
     is_final,
-    message_from_request,
-    reply_from_message,
+    reply_from_stream,
+    stream_message_from_request,
 )
 from enginesmith_client._messages import InferReply, InferRequest
-from enginesmith_client._operations import Operation, described
-from enginesmith_client._settings import ConnectionSettings
+from enginesmith_client._operations import Infer, Operation, described
+from enginesmith_client._process import OwnProcess
+from enginesmith_client._settings import ConnectionSettings, Tls
+from enginesmith_client._sharing import shared_memory_over
 
 
 class AsyncGrpcTransport:
     """Speaks KServe v2 with Triton's extensions over gRPC."""
 
     def __init__(self, address: Address, settings: ConnectionSettings) -> None:
-        self._address = str(address)
+        self._process = OwnProcess()
+        self._wire = _Wire(address, settings)
+        self._memory = shared_memory_over(self._wire, settings)
+
+    async def perform(self, operation: Operation, deadline: Deadline) -> Any:
+        """As ``AsyncTransport.perform``."""
+        self._process.require()
+        if self._memory is not None and type(operation) is Infer:
+            return await run_async(self._memory.infer(operation, deadline))
+        return await self._wire.perform(operation, deadline)
+
+    async def open(self, request: InferRequest, deadline: Deadline) -> AsyncGrpcReplyStream:
+        """As ``AsyncTransport.open``."""
+        self._process.require()
+        return self._wire.open(request, deadline)
+
+    async def close(self) -> None:
+        """As ``AsyncTransport.close``."""
+        if not self._process.is_this:
+            return
+        if self._memory is not None:
+            await run_async(self._memory.release())
+        await self._wire.close()
+
+
+class _Wire:
+    """The connections, made in the event loop that first uses them."""
+
+    def __init__(self, address: Address, settings: ConnectionSettings) -> None:
+        self._authority = address.authority
         self._settings = settings
-        self._channel = grpc.aio.insecure_channel(address.authority, options=CHANNEL_OPTIONS)
-        self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+        encrypted = address.encrypted or settings.tls is not None
+        self._address = f"grpc{'s' if encrypted else ''}://{address.authority}"
+        self._credentials = channel_credentials(settings.tls or Tls()) if encrypted else None
+        self._metadata = tuple(settings.headers.items()) or None
+        self._channels: list[Any] = []
+        self._stubs: LeastBusy[Any] | None = None
 
     async def perform(self, operation: Operation, deadline: Deadline) -> Any:
         rpc = RPCS[type(operation)]
         message = rpc.message(operation)
+        stubs = self._connected()
+        number = stubs.take()
         try:
-            reply = await getattr(self._stub, rpc.method)(message, timeout=deadline.remaining_s())
+            reply = await getattr(stubs.members[number], rpc.method)(
+                message, timeout=deadline.remaining_s(), metadata=self._metadata
+            )
         except grpc.RpcError as error:
-            model = getattr(operation, "model", None) or None
-            call = Call(self._address, described(operation), deadline.timeout_s, model)
-            raise error_from_rpc(error, call) from error
+            raise error_from_rpc(error, self._call(operation, deadline)) from error
+        except grpc.aio.UsageError as error:  # How grpcio says that the channel was closed.
+            raise error_from_status("cancelled", str(error), call=self._call(operation, deadline)) from error
+        finally:
+            stubs.give_back(number)
         return rpc.reply(reply)
 
-    async def open(self, request: InferRequest, deadline: Deadline) -> AsyncGrpcReplyStream:
-        message = message_from_request(request)
-        message.parameters["triton_enable_empty_final_response"].bool_param = True
+    def open(self, request: InferRequest, deadline: Deadline) -> AsyncGrpcReplyStream:
+        message = stream_message_from_request(request)
 
         async def requests() -> AsyncIterator[Any]:
             yield message
 
-        answers = self._stub.ModelStreamInfer(requests(), timeout=deadline.remaining_s())
-        call = Call(self._address, f"inference of model {request.model!r}", deadline.timeout_s, request.model)
-        return AsyncGrpcReplyStream(answers, call)
+        metadata = (*(self._metadata or ()), *STREAM_METADATA)
+        call = self._call(Infer(request), deadline)
+        stubs = self._connected()
+        number = stubs.take()
+        try:
+            answers = stubs.members[number].ModelStreamInfer(
+                requests(), timeout=deadline.remaining_s(), metadata=metadata
+            )
+        except grpc.aio.UsageError as error:
+            stubs.give_back(number)
+            raise error_from_status("cancelled", str(error), call=call) from error
+        return AsyncGrpcReplyStream(answers, call, lambda: stubs.give_back(number))
 
     async def close(self) -> None:
-        await self._channel.close()
+        for channel in self._channels:
+            await channel.close()
+
+    def _connected(self) -> LeastBusy[Any]:
+        if self._stubs is None:
+            options, compression = (
+                channel_options(self._settings),
+                COMPRESSIONS[self._settings.compression],
+            )
+            for _ in range(self._settings.connections):
+                self._channels.append(
+                    grpc.aio.insecure_channel(self._authority, options, compression)
+                    if self._credentials is None
+                    else grpc.aio.secure_channel(self._authority, self._credentials, options, compression)
+                )
+            self._stubs = LeastBusy(
+                [service_pb2_grpc.GRPCInferenceServiceStub(channel) for channel in self._channels]
+            )
+        return self._stubs
+
+    def _call(self, operation: Operation, deadline: Deadline) -> Call:
+        model = getattr(operation, "model", None) or None
+        return Call(self._address, described(operation), deadline.timeout_s, model)
 
 
 class AsyncGrpcReplyStream:
     """The answers to one request."""
 
-    def __init__(self, answers: Any, call: Call) -> None:
+    def __init__(self, answers: Any, call: Call, on_end: Callable[[], None]) -> None:
         self._answers = answers
         self._call = call
+        self._on_end = on_end
         self._ended = False
 
     async def receive(self) -> InferReply | None:
+        """As ``AsyncReplyStream.receive``."""
         if self._ended:
             return None
         try:
             answer = await self._answers.read()
+            if answer is grpc.aio.EOF:
+                raise error_from_status("broken", "the stream ended before its last answer", call=self._call)
+            reply = reply_from_stream(answer, self._call)
         except grpc.RpcError as error:
-            self._ended = True
+            await self.close()
             raise error_from_rpc(error, self._call) from error
-        if answer is grpc.aio.EOF:
-            self._ended = True
-            raise error_from_status("broken", "the stream ended before its last answer", call=self._call)
-        if answer.error_message:
+        except BaseException:
             await self.close()
-            raise error_from_status("internal", answer.error_message, call=self._call)
-        reply = answer.infer_response
-        if is_final(reply):
+            raise
+        if is_final(answer.infer_response):
             await self.close()
-            if not reply.outputs:
-                return None
-        return reply_from_message(reply)
+        return reply
 
     async def close(self) -> None:
-        self._ended = True
-        self._answers.cancel()
+        """As ``AsyncReplyStream.close``."""
+        if not self._ended:
+            self._ended = True
+            self._answers.cancel()
+            self._on_end()

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import grpc  # type: ignore[import-untyped]
@@ -23,7 +25,7 @@ from enginesmith_client._errors import (
     TritonClientError,
     error_from_status,
 )
-from enginesmith_client._messages import InferReply, InferRequest, WireTensor
+from enginesmith_client._messages import InferReply, InferRequest, Parameter, WireTensor
 from enginesmith_client._operations import (
     Infer,
     LoadModel,
@@ -32,9 +34,13 @@ from enginesmith_client._operations import (
     ReadIndex,
     ReadMetadata,
     ReadStatistics,
+    Region,
+    RegisterMemory,
     ServerReady,
     UnloadModel,
+    UnregisterMemory,
 )
+from enginesmith_client._settings import ConnectionSettings, Tls, ssl_context
 
 CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_send_message_length", -1),
@@ -46,8 +52,18 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.use_local_subchannel_pool", 1),
     # A proxy for web traffic is not a way to an inference server; the HTTP transport ignores them as well.
     ("grpc.enable_http_proxy", 0),
+    # A server that vanished without a word is noticed at last, but no sooner than servers allow: gRPC servers, Triton
+    # among them, end connections that are pinged more than once in 300 s without data.
+    ("grpc.keepalive_time_ms", 310_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
 )
+STREAM_METADATA = (("triton_grpc_error", "true"),)
+"""Makes Triton end a stream whose model fails with the gRPC status of the error; without it there is only a text.
+
+It ends the whole stream, so a stream must carry one request only. Source:
+https://github.com/triton-inference-server/server/blob/main/docs/customization_guide/inference_protocols.md"""
 _MAX_MESSAGE_BYTES = 2**31 - 1
+_QUEUE_FULL = "Exceeds maximum queue size"
 
 _STATUSES: dict[grpc.StatusCode, Status] = {
     grpc.StatusCode.INVALID_ARGUMENT: "invalid_argument",
@@ -72,6 +88,10 @@ _CONNECTION_TEXTS = (
     "connection refused",
     "connection aborted",
     "broken pipe",
+    "connection closed",
+    "connection timed out",
+    "host unreachable",
+    "no route to host",
     "recvmsg",
     "sendmsg",
     "goaway",
@@ -110,6 +130,13 @@ def _unload_message(operation: UnloadModel) -> Message:
     return message  # type: ignore[no-any-return]
 
 
+def _register_message(operation: RegisterMemory) -> Message:
+    message: Message = service_pb2.SystemSharedMemoryRegisterRequest(
+        name=operation.name, key=f"/{operation.name}", byte_size=operation.size_bytes
+    )
+    return message
+
+
 def _named(kind: Any) -> Callable[[Any], Message]:
     return lambda operation: kind(name=operation.model, version=operation.version)
 
@@ -135,9 +162,17 @@ RPCS: dict[type, Rpc] = {
     ),
     LoadModel: Rpc("RepositoryModelLoad", _load_message, lambda _: None),
     UnloadModel: Rpc("RepositoryModelUnload", _unload_message, lambda _: None),
+    RegisterMemory: Rpc("SystemSharedMemoryRegister", _register_message, lambda _: None),
+    UnregisterMemory: Rpc(
+        "SystemSharedMemoryUnregister",
+        lambda operation: service_pb2.SystemSharedMemoryUnregisterRequest(name=operation.name),
+        lambda _: None,
+    ),
     Infer: Rpc(
         "ModelInfer",
-        lambda operation: message_from_request(operation.request),
+        lambda operation: message_from_request(
+            operation.request, inputs_at=operation.input_regions, outputs_at=operation.output_regions
+        ),
         lambda reply: reply_from_message(reply),
     ),
 }
@@ -166,6 +201,36 @@ def _pushback_s(error: grpc.RpcError) -> float | None:
     return None
 
 
+COMPRESSIONS: dict[str, grpc.Compression] = {
+    "none": grpc.Compression.NoCompression,
+    "gzip": grpc.Compression.Gzip,
+    "deflate": grpc.Compression.Deflate,
+}
+
+
+def channel_options(settings: ConnectionSettings) -> list[tuple[str, int | str]]:
+    """The options of every channel, with those of ``settings``."""
+    options: list[tuple[str, int | str]] = list(CHANNEL_OPTIONS)
+    if settings.tls is not None and settings.tls.server_name is not None:
+        options.append(("grpc.ssl_target_name_override", settings.tls.server_name))
+    return options
+
+
+def channel_credentials(tls: Tls) -> Any:
+    """The credentials of a channel that verifies as ``tls`` says."""
+    import ssl
+
+    # Checks the files: gRPC would only fail to connect. It also knows where the system keeps its authorities, while
+    # gRPC brings a list of its own.
+    context = ssl_context(tls)
+    trusted = [ssl.DER_cert_to_PEM_cert(one) for one in context.get_ca_certs(binary_form=True)]
+    return grpc.ssl_channel_credentials(
+        root_certificates="".join(trusted).encode() or None,
+        private_key=Path(tls.key_file).read_bytes() if tls.key_file else None,
+        certificate_chain=Path(tls.cert_file).read_bytes() if tls.cert_file else None,
+    )
+
+
 def is_final(message: Any) -> bool:
     """Whether an answer of a stream is the last one."""
     return (
@@ -175,35 +240,79 @@ def is_final(message: Any) -> bool:
     )
 
 
-def message_from_request(request: InferRequest) -> Any:
-    """The ``ModelInferRequest`` of an inference."""
-    size_bytes = sum(len(tensor.data) for tensor in request.inputs)
-    if size_bytes >= _MAX_MESSAGE_BYTES:
-        raise InvalidInput(
-            f"the inputs are {size_bytes} bytes; a gRPC message holds at most {_MAX_MESSAGE_BYTES}",
-            hint="send smaller batches, or use HTTP",
+def stream_message_from_request(request: InferRequest) -> Any:
+    """The message that opens a stream of answers; the last of them says so, if need be without outputs."""
+    message = message_from_request(request)
+    message.parameters["triton_enable_empty_final_response"].bool_param = True
+    return message
+
+
+def reply_from_stream(answer: Any, call: Call) -> InferReply | None:
+    """The reply in a ``ModelStreamInferResponse``; None in a last one that has no outputs.
+
+    Raises what the server says went wrong.
+    """
+    if answer.error_message:
+        # What a model says comes with a status (STREAM_METADATA). What has only a text was refused before the model saw it.
+        full = _QUEUE_FULL in answer.error_message
+        raise error_from_status(
+            "unavailable" if full else "invalid_argument", answer.error_message, call=call
         )
+    reply = answer.infer_response
+    if is_final(reply) and not reply.outputs:
+        return None
+    return reply_from_message(reply)
+
+
+def message_from_request(
+    request: InferRequest,
+    *,
+    inputs_at: Mapping[str, Region] = MappingProxyType({}),
+    outputs_at: Mapping[str, Region] = MappingProxyType({}),
+) -> Any:
+    """The ``ModelInferRequest`` of an inference, without the data that is in shared memory."""
     message = service_pb2.ModelInferRequest(
         model_name=request.model, model_version=request.version, id=request.id
     )
+    size_bytes = 0
     for tensor in request.inputs:
-        message.inputs.add(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape)
-        message.raw_input_contents.append(tensor.data)
+        written = message.inputs.add(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape)
+        if tensor.name in inputs_at:
+            _write_region(written, inputs_at[tensor.name])
+        else:
+            message.raw_input_contents.append(tensor.data)
+            size_bytes += len(tensor.data)
+    if size_bytes >= _MAX_MESSAGE_BYTES:
+        raise InvalidInput(
+            f"the inputs are {size_bytes} bytes; a gRPC message holds at most {_MAX_MESSAGE_BYTES}",
+            hint="send smaller batches, or use HTTP or shared memory",
+        )
     for name in request.outputs:
         output = message.outputs.add(name=name)
         if request.classes:
             output.parameters["classification"].int64_param = request.classes
+        if name in outputs_at:
+            _write_region(output, outputs_at[name])
     for name, value in request.parameters.items():
-        # bool is an int in Python, so it comes first.
-        if isinstance(value, bool):
-            message.parameters[name].bool_param = value
-        elif isinstance(value, int):
-            message.parameters[name].int64_param = value
-        elif isinstance(value, float):
-            message.parameters[name].double_param = value
-        else:
-            message.parameters[name].string_param = value
+        _write_parameter(message.parameters[name], value)
     return message
+
+
+def _write_region(tensor: Any, region: Region) -> None:
+    tensor.parameters["shared_memory_region"].string_param = region.name
+    tensor.parameters["shared_memory_byte_size"].int64_param = region.size_bytes
+
+
+def _write_parameter(parameter: Any, value: Parameter) -> None:
+    # bool is an int in Python, so it comes first.
+    if isinstance(value, bool):
+        parameter.bool_param = value
+    elif isinstance(value, int):
+        parameter.int64_param = value
+    elif isinstance(value, float):
+        parameter.double_param = value
+    else:
+        parameter.string_param = value
 
 
 def reply_from_message(message: Any) -> InferReply:

@@ -9,6 +9,7 @@ import base64
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 from urllib.parse import quote
 
@@ -23,8 +24,11 @@ from enginesmith_client._operations import (
     ReadIndex,
     ReadMetadata,
     ReadStatistics,
+    Region,
+    RegisterMemory,
     ServerReady,
     UnloadModel,
+    UnregisterMemory,
 )
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
@@ -60,8 +64,10 @@ class HttpAnswer:
 def http_from_operation(operation: Operation) -> HttpCall:
     """How an operation travels over HTTP."""
     if isinstance(operation, Infer):
-        body, header_length = body_from_request(operation.request)
-        path = _model_path(operation.model, operation.version) + "/infer"
+        body, header_length = body_from_request(
+            operation.request, inputs_at=operation.input_regions, outputs_at=operation.output_regions
+        )
+        path = model_path(operation.model, operation.version) + "/infer"
         return HttpCall("POST", path, body, {HEADER_LENGTH: str(header_length)})
     if isinstance(operation, ServerReady):
         return HttpCall("GET", "/v2/health/ready")
@@ -75,18 +81,23 @@ def http_from_operation(operation: Operation) -> HttpCall:
             parameters[f"file:{name}"] = base64.b64encode(content).decode()
         return HttpCall(
             "POST",
-            f"/v2/repository{_model_path(operation.model, '')[3:]}/load",
+            f"/v2/repository{model_path(operation.model, '')[3:]}/load",
             json.dumps({"parameters": parameters}).encode(),
         )
     if isinstance(operation, UnloadModel):
         body = json.dumps({"parameters": {"unload_dependents": operation.dependents}}).encode()
-        return HttpCall("POST", f"/v2/repository{_model_path(operation.model, '')[3:]}/unload", body)
+        return HttpCall("POST", f"/v2/repository{model_path(operation.model, '')[3:]}/unload", body)
+    if isinstance(operation, RegisterMemory):
+        body = json.dumps({"key": f"/{operation.name}", "offset": 0, "byte_size": operation.size_bytes})
+        return HttpCall("POST", f"/v2/systemsharedmemory/region/{operation.name}/register", body.encode())
+    if isinstance(operation, UnregisterMemory):
+        return HttpCall("POST", f"/v2/systemsharedmemory/region/{operation.name}/unregister")
     if isinstance(operation, ReadStatistics) and not operation.model:
         return HttpCall("GET", "/v2/models/stats")
     ending = {ModelReady: "/ready", ReadMetadata: "", ReadConfig: "/config", ReadStatistics: "/stats"}[
         type(operation)
     ]
-    return HttpCall("GET", _model_path(operation.model, operation.version) + ending)
+    return HttpCall("GET", model_path(operation.model, operation.version) + ending)
 
 
 def reply_from_http(operation: Operation, answer: HttpAnswer, call: Call) -> Any:
@@ -95,8 +106,9 @@ def reply_from_http(operation: Operation, answer: HttpAnswer, call: Call) -> Any
         return answer.status == 200
     raise_for_status(answer, call)
     if isinstance(operation, Infer):
-        return reply_from_body(answer.body, answer.headers.get(HEADER_LENGTH.lower()))
-    if isinstance(operation, (LoadModel, UnloadModel)):
+        length = answer.headers.get(HEADER_LENGTH.lower())
+        return reply_from_body(answer.body, length, outputs_at=operation.output_regions)
+    if isinstance(operation, (LoadModel, UnloadModel, RegisterMemory, UnregisterMemory)):
         return None
     try:
         value: Any = json.loads(answer.body)
@@ -108,15 +120,23 @@ def reply_from_http(operation: Operation, answer: HttpAnswer, call: Call) -> Any
     return {"models": value} if isinstance(value, list) else dict(value)
 
 
-def body_from_request(request: InferRequest) -> tuple[bytes, int]:
+def body_from_request(
+    request: InferRequest,
+    *,
+    inputs_at: Mapping[str, Region] = MappingProxyType({}),
+    outputs_at: Mapping[str, Region] = MappingProxyType({}),
+) -> tuple[bytes, int]:
     """The HTTP body of an inference, and the length of the JSON that comes before the tensor data in it."""
+    sent = [tensor for tensor in request.inputs if tensor.name not in inputs_at]
     header: dict[str, Any] = {
         "inputs": [
             {
                 "name": tensor.name,
                 "datatype": tensor.datatype,
                 "shape": tensor.shape,
-                "parameters": {"binary_data_size": len(tensor.data)},
+                "parameters": _region_parameters(inputs_at[tensor.name])
+                if tensor.name in inputs_at
+                else {"binary_data_size": len(tensor.data)},
             }
             for tensor in request.inputs
         ],
@@ -127,20 +147,32 @@ def body_from_request(request: InferRequest) -> tuple[bytes, int]:
     if request.outputs:
         asked = {"classification": request.classes} if request.classes else {}
         header["outputs"] = [
-            {"name": name, "parameters": {"binary_data": True, **asked}} for name in request.outputs
+            {
+                "name": name,
+                "parameters": _region_parameters(outputs_at[name])
+                if name in outputs_at
+                else {"binary_data": True, **asked},
+            }
+            for name in request.outputs
         ]
     encoded = json.dumps(header, allow_nan=False).encode("utf-8")
-    return b"".join([encoded, *(tensor.data for tensor in request.inputs)]), len(encoded)
+    return b"".join([encoded, *(tensor.data for tensor in sent)]), len(encoded)
 
 
-def reply_from_body(body: bytes, header_length: str | None) -> InferReply:
+def _region_parameters(region: Region) -> dict[str, str | int]:
+    return {"shared_memory_region": region.name, "shared_memory_byte_size": region.size_bytes}
+
+
+def reply_from_body(
+    body: bytes, header_length: str | None, *, outputs_at: Mapping[str, Region] = MappingProxyType({})
+) -> InferReply:
     """The reply in the body of an answer whose JSON part is ``header_length`` long (all of it when None)."""
-    end = int(header_length) if header_length is not None else len(body)
     try:
+        end = int(header_length) if header_length is not None else len(body)
         header = json.loads(body[:end])
         outputs: list[WireTensor] = []
         for tensor in header["outputs"]:
-            size_bytes = tensor["parameters"]["binary_data_size"]
+            size_bytes = 0 if tensor["name"] in outputs_at else tensor["parameters"]["binary_data_size"]
             data = body[end : end + size_bytes]
             outputs.append(WireTensor(tensor["name"], tensor["datatype"], tuple(tensor["shape"]), data))
             end += size_bytes
@@ -152,7 +184,8 @@ def reply_from_body(body: bytes, header_length: str | None) -> InferReply:
         ) from error
 
 
-def _model_path(model: str, version: str) -> str:
+def model_path(model: str, version: str) -> str:
+    """The path below which a model's calls are."""
     # Triton does not decode percent escapes in a model's name, so a name that needs them has no URL.
     if quote(model, safe="!$&'()*+,;=:@") != model:
         raise InvalidInput(
@@ -162,6 +195,7 @@ def _model_path(model: str, version: str) -> str:
 
 
 def raise_for_status(answer: HttpAnswer, call: Call) -> None:
+    """Raises the error that an answer with another status than 200 is."""
     if answer.status == 200:
         return
     try:

@@ -79,7 +79,8 @@ def _checked_headers(headers: Mapping[str, str]) -> dict[str, str]:
     for name, value in headers.items():
         if not isinstance(name, str) or not _HEADER_NAME.fullmatch(name):
             raise InvalidInput(
-                f"the header name {name!r} is not valid", hint="allowed: ASCII letters, digits, '-', '_' and '.'"
+                f"the header name {name!r} is not valid",
+                hint="allowed: ASCII letters, digits, '-', '_' and '.'",
             )
         lower = name.lower()
         if lower in _OWN_HEADERS or lower.startswith("grpc-") or lower.endswith("-bin"):
