@@ -21,8 +21,8 @@ def inspect_triton_model(directory: Path) -> Inspection:
         SourceError: its configuration or a release's record is damaged.
     """
     config = _config(directory)
-    versions = _versions(directory)
-    served = _served(config, versions)
+    versions = versions_in(directory)
+    served = served_versions(config, versions)
     releases = {
         name: read_json_object(path / RELEASE_FILE)
         for name, path in versions.items()
@@ -57,8 +57,8 @@ def inspect_triton_repository(directory: Path) -> Inspection:
     """
     rows = []
     for path in models_in(directory):
-        config, versions = _config(path), _versions(path)
-        served = _served(config, versions)
+        config, versions = _config(path), versions_in(path)
+        served = served_versions(config, versions)
         rows.append(
             {
                 "model": path.name,
@@ -89,12 +89,13 @@ def _config(directory: Path) -> Any:
         raise SourceError(f"cannot read {path}: {error}") from error
 
 
-def _versions(directory: Path) -> dict[str, Path]:
+def versions_in(directory: Path) -> dict[str, Path]:
+    """The version directories of a model, the oldest first."""
     found = [path for path in directory.iterdir() if path.is_dir() and path.name.isdecimal()]
     return {path.name: path for path in sorted(found, key=lambda path: int(path.name))}
 
 
-def _served(config: Any, versions: Mapping[str, Path]) -> list[str]:
+def served_versions(config: Any, versions: Mapping[str, Path]) -> list[str]:
     """The versions that the policy chooses among those that are there, the oldest first."""
     policy = config.version_policy
     choice = policy.WhichOneof("policy_choice")

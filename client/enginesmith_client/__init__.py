@@ -31,6 +31,7 @@ from enginesmith_client._messages import (
 from enginesmith_client._requests import Sequence_
 from enginesmith_client._retries import Retry
 from enginesmith_client._settings import Tls
+from enginesmith_client._signature import SignatureDrift, check_signature, given_arrays, output_array
 from enginesmith_client._stream import AsyncResultStream, AsyncTextStream, ResultStream, TextStream
 
 __version__ = "0.1.0"
@@ -62,10 +63,14 @@ __all__ = [
     "Retry",
     "Sequence_",
     "ServerError",
+    "SignatureDrift",
     "TensorMetadata",
     "TextDelta",
     "TextStream",
     "Tls",
     "TokenLogprob",
     "TritonClientError",
+    "check_signature",
+    "given_arrays",
+    "output_array",
 ]

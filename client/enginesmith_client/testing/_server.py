@@ -11,8 +11,10 @@ from enginesmith_client._aio import AsyncClient
 from enginesmith_client._client import Client
 from enginesmith_client._errors import Call, TritonClientError, error_from_status
 from enginesmith_client._limits import RateLimit
+from enginesmith_client._limits import RateLimit
 from enginesmith_client._messages import ModelMetadata, TensorMetadata
 from enginesmith_client._operations import Operation
+from enginesmith_client._retries import Retry
 from enginesmith_client._retries import Retry
 from enginesmith_client.testing._backend import Backend, RecordedRequest
 from enginesmith_client.testing._encoders import (
@@ -32,6 +34,7 @@ from enginesmith_client.testing._models import Answers, Arrays, FakeModel, confi
 from enginesmith_client.testing._state import Served
 from enginesmith_client.testing._transports import AsyncFakeTransport, FakeTransport
 
+_RETRY = Retry()
 ModelFunction: TypeAlias = "Callable[[Arrays], Arrays] | Callable[[Arrays], Iterable[Arrays]]"
 
 
