@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass
 
 from enginesmith_client._errors import InvalidInput
+
+_LONGEST_S = 1e8
+"""Three years: sockets, gRPC and Triton's clock in nanoseconds each overflow somewhere above."""
 
 
 @dataclass(frozen=True)
@@ -22,9 +24,11 @@ class Deadline:
         if (
             isinstance(timeout_s, bool)
             or not isinstance(timeout_s, (int, float))
-            or not 0 < timeout_s < math.inf
+            or not 0 < timeout_s <= _LONGEST_S
         ):
-            raise InvalidInput(f"timeout_s must be a positive, finite number of seconds; seen: {timeout_s!r}")
+            raise InvalidInput(
+                f"timeout_s must be a positive, finite number of seconds, at most {_LONGEST_S:g}; seen: {timeout_s!r}"
+            )
         return cls(float(timeout_s), time.monotonic() + timeout_s)
 
     def remaining_s(self) -> float:

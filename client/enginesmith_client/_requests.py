@@ -56,8 +56,6 @@ class Envelope:
 
 
 NO_ENVELOPE = Envelope()
-_LONGEST_TIMEOUT_US = 10**15
-"""Triton counts in 64-bit nanoseconds since 1970: what is longer would be over at once."""
 
 
 def check_answers_once(metadata: ModelMetadata) -> None:
@@ -222,7 +220,7 @@ def _wire_tensor(metadata: ModelMetadata, name: str, array: Array) -> WireTensor
 def _parameters(envelope: Envelope, deadline: Deadline) -> Mapping[str, Parameter]:
     """Triton's request parameters. ``timeout`` is what is left of the deadline, so nothing waits in a queue for nobody."""
     text_bytes(envelope.request_id, what="request_id")
-    made: dict[str, Parameter] = {"timeout": min(int(deadline.remaining_s() * 1e6), _LONGEST_TIMEOUT_US)}
+    made: dict[str, Parameter] = {"timeout": int(deadline.remaining_s() * 1e6)}
     if envelope.priority is not None:
         made["priority"] = _checked_priority(envelope.priority)
     if envelope.sequence is not None:

@@ -14,11 +14,11 @@ from enginesmith_client._codec import text_bytes
 from enginesmith_client._deadline import Deadline
 from enginesmith_client._dispatch import Dispatcher
 from enginesmith_client._errors import (
+    Cancelled,
     ConnectError,
     DeadlineExceeded,
     InvalidInput,
     ModelNotReady,
-    ServerError,
     TritonClientError,
 )
 from enginesmith_client._flow import Flow, Pause
@@ -130,7 +130,7 @@ class ServerCalls:
             error.hint = f"{yield from self._list_models(model)}. {_SLOW_LOAD}"
             raise
         except TritonClientError as error:
-            raise _control_error(error, f"load model {model!r}") from error.__cause__
+            raise _control_error(error) from error.__cause__
         finally:
             self._forget(model)
 
@@ -142,7 +142,7 @@ class ServerCalls:
         try:
             yield from self.dispatcher.perform(UnloadModel(model, dependents), deadline)
         except TritonClientError as error:
-            raise _control_error(error, f"unload model {model!r}") from error.__cause__
+            raise _control_error(error) from error.__cause__
         # Triton answers when it has begun; requests on their way are finished first.
         while (yield from self._is_unloading(model, deadline)):
             if deadline.expired:
@@ -247,20 +247,18 @@ def _check_override(model: str, config: Json | None, files: Mapping[str, bytes] 
             )
 
 
-def _control_error(error: TritonClientError, action: str) -> TritonClientError:
+def _control_error(error: TritonClientError) -> TritonClientError:
     """The error for a refusal of model control; Triton has one status for all of them."""
-    if isinstance(error, ConnectError):
+    if isinstance(error, (ConnectError, DeadlineExceeded, Cancelled)):
         return error
     if "is not allowed" in error.message:
-        return InvalidInput(
-            f"the server does not let clients {action}: {error.message}",
-            hint="start tritonserver with --model-control-mode=explicit",
-        )
-    if isinstance(error, (ServerError, InvalidInput, ModelNotReady)):
-        return ModelNotReady(f"the server could not {action}: {error.message}", hint=_FAILED_LOAD)
-    return error
+        return InvalidInput(error.message, hint=_NO_CONTROL)
+    unread = "failed to poll from model repository" in error.message
+    return ModelNotReady(error.message, hint=_UNREAD if unread else _FAILED_LOAD)
 
 
+_NO_CONTROL = "start tritonserver with --model-control-mode=explicit to let clients load and unload models"
+_UNREAD = "the repository has no such model, or its configuration cannot be read; the log of the server has the reason"
 _FAILED_LOAD = "a version that was ready before still serves; the log of the server has the rest"
 _SLOW_LOAD = (
     "give a larger timeout_s if it needs longer. tritonserver (seen with 2.51) never finishes to load a version directory "

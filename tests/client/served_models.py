@@ -8,10 +8,18 @@ from pathlib import Path
 
 MODELS = Path(__file__).parent / "models"
 LOADED = (
-    "changing", "echo", "gated", "llm", "moods-text", "pair", "plain_llm", "raises", "relevance-text", "sentences",
-    "sentences-text", "streaming",
+    "bls", "changing", "echo", "gated", "llm", "llmapi", "moods-text", "pair", "plain_llm", "raises", "relevance-text",
+    "sentences", "sentences-text", "stateful", "streaming",
 )  # fmt: skip
 """What the server loads at its start; ``broken`` is there too and cannot be loaded."""
+
+
+def await_content(file: Path, content: str, *, timeout_s: float = 20) -> None:
+    """Return when ``file`` holds ``content``, which a model in another process writes."""
+    deadline_s = time.monotonic() + timeout_s
+    while not file.exists() or file.read_text() != content:
+        assert time.monotonic() < deadline_s, f"{file.name} never became {content!r}"
+        time.sleep(0.002)
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ import pytest
 from enginesmith_client import InvalidInput, ModelMetadata, TensorMetadata
 from enginesmith_client._address import Address, address_from_url
 from enginesmith_client._deadline import Deadline
-from enginesmith_client._generate import inputs_from_question
+from enginesmith_client._generate import Options, Question, inputs_from_question
 from enginesmith_client._messages import InferRequest
-from enginesmith_client._requests import request_from_arrays
+from enginesmith_client._requests import Envelope, Sequence_, request_from_arrays
 
 BATCHED = ModelMetadata(
     name="m",
@@ -43,8 +43,19 @@ LLM = ModelMetadata(
 
 
 def request(inputs: Mapping[str, Any], **changes: Any) -> InferRequest:
-    arguments: dict[str, Any] = {"outputs": None, "version": "", "request_id": "", "parameters": None}
-    return request_from_arrays(BATCHED, inputs, **{**arguments, **changes})
+    outputs = changes.pop("outputs", None)
+    return request_from_arrays(
+        BATCHED,
+        inputs,
+        outputs=outputs,
+        version="",
+        envelope=Envelope(**changes),
+        deadline=Deadline.after(5),
+    )
+
+
+def inputs_of(prompt: Any, options: Mapping[str, Any], **changes: Any) -> dict[str, np.ndarray]:
+    return inputs_from_question(LLM, Question(prompt, Options(**options)), **changes)
 
 
 def floats(*shape: int) -> np.ndarray:
@@ -60,7 +71,7 @@ def test_a_valid_request_carries_every_input_with_its_shape() -> None:
         "y": ("INT32", (3, 5)),
     }
     assert made.outputs == ("z",)
-    assert made.parameters == {"priority": 1}
+    assert made.parameters["priority"] == 1
 
 
 @pytest.mark.parametrize(
@@ -100,11 +111,38 @@ def test_inputs_that_the_model_would_refuse_are_refused_with_advice(
         {"parameters": {"a": 2**63}},
         {"parameters": {"a": "\ud800"}},
         {"parameters": {"binary_data_output": False}},
+        {"priority": -1},
+        {"priority": True},
+        {"priority": 2**31},
+        {"sequence": "s"},
+        {"sequence": Sequence_(0)},
+        {"sequence": Sequence_("")},
+        {"sequence": Sequence_(-1)},
+        {"sequence": Sequence_(2**63)},
+        {"sequence": Sequence_(True)},
+        {"sequence": Sequence_("\ud800")},
     ],
 )
 def test_requests_that_cannot_be_sent_are_refused(changes: Mapping[str, Any]) -> None:
     with pytest.raises(InvalidInput):
         request({"x": floats(1, 2)}, **changes)
+
+
+def test_the_deadline_goes_with_the_request_in_microseconds_unless_the_caller_has_another() -> None:
+    timeout_us = request({"x": floats(1, 2)}).parameters["timeout"]
+    assert isinstance(timeout_us, int)
+    assert 4_000_000 < timeout_us <= 5_000_000
+    assert request({"x": floats(1, 2)}, parameters={"timeout": 7}).parameters["timeout"] == 7
+
+
+def test_a_sequence_travels_as_tritons_parameters() -> None:
+    made = request({"x": floats(1, 2)}, sequence=Sequence_("s1", start=True), priority=2).parameters
+    assert {name: made[name] for name in made if name != "timeout"} == {
+        "priority": 2,
+        "sequence_id": "s1",
+        "sequence_start": True,
+        "sequence_end": False,
+    }
 
 
 def test_a_scalar_for_a_batched_input_is_a_wrong_shape_and_not_a_crash() -> None:
@@ -113,14 +151,14 @@ def test_a_scalar_for_a_batched_input_is_a_wrong_shape_and_not_a_crash() -> None
 
 
 def test_a_prompt_becomes_a_batch_of_one_and_only_asked_options_are_sent() -> None:
-    arrays = inputs_from_question(LLM, "héllo", options={"max_tokens": None, "chat": None})
+    arrays = inputs_of("héllo", {"max_tokens": None, "chat": False})
     assert list(arrays) == ["text_input"]
     assert arrays["text_input"].tolist() == [["héllo".encode()]]
 
 
 def test_options_have_the_datatypes_of_the_model() -> None:
     options = {"max_tokens": 5, "temperature": 1, "seed": 2**64 - 1, "stop": ["a", "bc"], "chat": True}
-    arrays = inputs_from_question(LLM, "", options=options)
+    arrays = inputs_of("", options)
     assert {
         name: (array.dtype.str, array.tolist()) for name, array in arrays.items() if name != "text_input"
     } == {
@@ -133,7 +171,7 @@ def test_options_have_the_datatypes_of_the_model() -> None:
 
 
 def test_one_stop_word_may_be_given_as_a_string() -> None:
-    assert inputs_from_question(LLM, "", options={"stop": "END"})["stop_words"].tolist() == [[b"END"]]
+    assert inputs_of("", {"stop": "END"})["stop_words"].tolist() == [[b"END"]]
 
 
 @pytest.mark.parametrize(
@@ -156,18 +194,18 @@ def test_one_stop_word_may_be_given_as_a_string() -> None:
 )
 def test_options_that_the_model_cannot_take_are_refused(options: Mapping[str, Any], message: str) -> None:
     with pytest.raises(InvalidInput, match=re.escape(message)):
-        inputs_from_question(LLM, "hi", options=options)
+        inputs_of("hi", options)
 
 
 def test_a_model_that_does_not_generate_text_is_named_as_such() -> None:
     with pytest.raises(InvalidInput, match="'m' does not generate text"):
-        inputs_from_question(BATCHED, "hi", options={})
+        inputs_from_question(BATCHED, Question("hi", Options()))
 
 
 @pytest.mark.parametrize("prompt", ["\ud800", b"bytes", None])
 def test_a_prompt_that_is_not_text_is_refused(prompt: Any) -> None:
     with pytest.raises(InvalidInput, match="the prompt"):
-        inputs_from_question(LLM, prompt, options={})
+        inputs_of(prompt, {})
 
 
 @pytest.mark.parametrize(
@@ -210,7 +248,7 @@ def test_addresses_that_cannot_be_meant_are_refused(url: str, protocol: Any) -> 
         address_from_url(url, protocol)
 
 
-@pytest.mark.parametrize("timeout_s", [0, -1, math.inf, math.nan, None, True, "5"])
+@pytest.mark.parametrize("timeout_s", [0, -1, math.inf, math.nan, 1e9, None, True, "5"])
 def test_a_call_without_an_end_cannot_be_made(timeout_s: Any) -> None:
     with pytest.raises(InvalidInput, match="timeout_s must be"):
         Deadline.after(timeout_s)

@@ -1,6 +1,5 @@
 """The client against a real tritonserver, over both protocols."""
 
-import json
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -90,50 +89,11 @@ def test_a_wrong_request_never_reaches_the_server(client: Client) -> None:
     assert client.statistics("pair") == before
 
 
-def test_a_prompt_is_sent_with_the_options_that_were_given_and_no_others(client: Client) -> None:
-    assert json.loads(client.generate("llm", "hi").text) == {"text_input": ["hi"]}
-    answer = client.generate(
-        "llm",
-        "schön",
-        max_tokens=5,
-        temperature=0.5,
-        top_k=4,
-        top_p=0.25,
-        repetition_penalty=1.5,
-        seed=2**64 - 1,
-        stop=["a", "ü"],
-        chat=True,
-    )
-    assert json.loads(answer.text) == {
-        "text_input": ["schön"],
-        "max_tokens": [5],
-        "temperature": [0.5],
-        "top_k": [4],
-        "top_p": [0.25],
-        "repetition_penalty": [1.5],
-        "seed": [2**64 - 1],
-        "stop_words": ["a", "ü"],
-        "apply_chat_template": [True],
-    }
-
-
-def test_a_generation_reports_what_the_model_reports(client: Client) -> None:
-    answer = client.generate("llm", "hi", max_tokens=3)
-    assert (answer.finish_reason, answer.prompt_tokens, answer.output_tokens) == ("length", 7, 3)
-    assert (answer.model, answer.model_version) == ("llm", "1")
-    assert answer.latency_s > 0
-
-
 def test_a_model_with_text_in_and_text_out_is_enough_to_generate(client: Client) -> None:
     answer = client.generate("plain_llm", "as it is", max_tokens=3)
     assert (answer.text, answer.finish_reason, answer.output_tokens) == ("as it is", None, None)
     with pytest.raises(InvalidInput, match=r"no option temperature.*\n.*options of this model: max_tokens"):
         client.generate("plain_llm", "hi", temperature=0.5)
-
-
-def test_text_that_is_not_utf_8_is_the_models_error(client: Client) -> None:
-    with pytest.raises(ServerError, match="'llm' is not valid UTF-8"):
-        client.generate("llm", "give me bytes that are not text")
 
 
 @pytest.mark.parametrize(
@@ -204,9 +164,9 @@ def test_what_a_model_raises_has_the_class_of_what_the_caller_can_do(
     assert type(caught.value) is error
 
 
-def test_a_model_with_many_answers_is_refused_by_calls_for_one(client: Client) -> None:
-    with pytest.raises(InvalidInput, match="decoupled"):
-        client.generate("streaming", "hi")
+def test_a_model_with_many_answers_is_refused_by_infer(client: Client) -> None:
+    with pytest.raises(InvalidInput, match=r"decoupled.*\n.*use infer_stream"):
+        client.infer("streaming", {"text_input": np.array(["hi"], np.object_)})
 
 
 @pytest.fixture
