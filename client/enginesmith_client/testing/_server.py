@@ -11,10 +11,8 @@ from enginesmith_client._aio import AsyncClient
 from enginesmith_client._client import Client
 from enginesmith_client._errors import Call, TritonClientError, error_from_status
 from enginesmith_client._limits import RateLimit
-from enginesmith_client._limits import RateLimit
 from enginesmith_client._messages import ModelMetadata, TensorMetadata
 from enginesmith_client._operations import Operation
-from enginesmith_client._retries import Retry
 from enginesmith_client._retries import Retry
 from enginesmith_client.testing._backend import Backend, RecordedRequest
 from enginesmith_client.testing._encoders import (
@@ -34,7 +32,6 @@ from enginesmith_client.testing._models import Answers, Arrays, FakeModel, confi
 from enginesmith_client.testing._state import Served
 from enginesmith_client.testing._transports import AsyncFakeTransport, FakeTransport
 
-_RETRY = Retry()
 ModelFunction: TypeAlias = "Callable[[Arrays], Arrays] | Callable[[Arrays], Iterable[Arrays]]"
 
 
@@ -68,7 +65,7 @@ class FakeServer:
     def client(
         self, *, timeout_s: float = 60.0, retry: Retry = Retry(), limit: RateLimit | None = None
     ) -> Client:
-        """A client of this server, for threads. Any number may be made."""
+        """A client of this server, for threads. Any number may be made. Pauses between its retries are real."""
         return Client._with_transport(
             FakeTransport(self._backend),
             name=self._backend.address,
