@@ -96,27 +96,30 @@ class Generation:
         """Tokens in the key/value cache."""
         return len(self.prompt) + len(self.tokens) - 1
 
-    def history(self, vocabulary: int) -> _History:
+    def history(self) -> _History:
         """Which tokens the sequence holds, brought up to date."""
         if self._history is None:
-            self._history = _History(self.prompt, vocabulary)
+            self._history = _History(self.prompt)
         self._history.catch_up(self.tokens)
         return self._history
 
 
 class _History:
-    """``seen``: bool [vocabulary], of prompt and answer. ``counts``: int32 [vocabulary], of the answer."""
+    """The tokens that a sequence holds.
 
-    def __init__(self, prompt: Sequence[int], vocabulary: int) -> None:
-        self.seen = np.zeros(vocabulary, np.bool_)
-        self.seen[np.asarray(prompt, np.intp)] = True
-        self.counts = np.zeros(vocabulary, np.int32)
+    ``seen``: each token of prompt and answer once. ``counts``: how often each is in the answer.
+    """
+
+    def __init__(self, prompt: Sequence[int]) -> None:
+        self.seen = dict.fromkeys(prompt)
+        self.counts: dict[int, int] = {}
         self._known = 0
 
     def catch_up(self, tokens: Sequence[int]) -> None:
+        """Take in what ``tokens``, the answer so far, has more than last time."""
         for token in tokens[self._known :]:
-            self.seen[token] = True
-            self.counts[token] += 1
+            self.seen[token] = None
+            self.counts[token] = self.counts.get(token, 0) + 1
         self._known = len(tokens)
 
 
@@ -151,10 +154,23 @@ def _drawn(gaps: Logits, sampling: Sampling, random: np.random.Generator) -> int
     if sampling.top_p < 1:
         inside = _nucleus(weights, sampling.top_p)
         order, weights = (inside if order is None else order[inside]), weights[inside]
-    cumulative = np.cumsum(weights, dtype=np.float64)
-    place = int(np.searchsorted(cumulative, random.random() * cumulative[-1], side="right"))
-    place = min(place, cumulative.size - 1)
+    place = _place_of_share(weights, random.random())
     return place if order is None else int(order[place])
+
+
+def _place_of_share(weights: npt.NDArray[np.float32], share: float) -> int:
+    """Where the running sum of ``weights`` passes ``share`` of the whole; sums of blocks first, then one block."""
+    whole = weights.size // _BLOCK * _BLOCK
+    sums = weights[:whole].reshape(-1, _BLOCK).sum(axis=1)
+    ends = np.cumsum(np.append(sums, weights[whole:].sum()), dtype=np.float64)
+    wanted = share * ends[-1]
+    block = int(np.searchsorted(ends, wanted, side="right"))
+    before = ends[block - 1] if block else 0.0
+    start = block * _BLOCK
+    inside = np.cumsum(weights[start : start + _BLOCK], dtype=np.float64)
+    place = int(np.searchsorted(inside, wanted - before, side="right"))
+    # The sum of a block and that of its parts differ in the last bits: never behind the last possible token.
+    return start + min(place, int(np.searchsorted(inside, inside[-1])))
 
 
 def _nucleus(weights: npt.NDArray[np.float32], top_p: float) -> _Ids:
@@ -200,9 +216,10 @@ def _steered(logits: Logits, sequence: Generation) -> Logits:
     if repeated:
         _penalize_repetition(steered, sequence, sampling.repetition_penalty)
     if counted:
-        counts = sequence.history(logits.size).counts
-        ids = np.flatnonzero(counts)
-        steered[ids] -= sampling.presence_penalty + sampling.frequency_penalty * counts[ids]
+        counts = sequence.history().counts
+        ids = np.fromiter(counts, np.intp, len(counts))
+        times = np.fromiter(counts.values(), np.float32, len(counts))
+        steered[ids] -= sampling.presence_penalty + sampling.frequency_penalty * times
     if too_early:
         steered[list(sequence.end_ids)] = -np.inf
     for word in sampling.bad_words:
@@ -213,7 +230,8 @@ def _steered(logits: Logits, sequence: Generation) -> Logits:
 
 def _penalize_repetition(logits: Logits, sequence: Generation, penalty: float) -> None:
     """Keskar et al. 2019 (CTRL): logits of seen tokens are divided by the penalty, or multiplied when negative."""
-    ids = np.flatnonzero(sequence.history(logits.size).seen)
+    seen = sequence.history().seen
+    ids = np.fromiter(seen, np.intp, len(seen))
     values = logits[ids]
     logits[ids] = np.where(values > 0, values / penalty, values * penalty)
 
