@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from checkpoint_factory import tiny_checkpoint
@@ -16,19 +16,13 @@ from enginesmith.engines.onnxruntime import lower
 from enginesmith.errors import GateError, ServerError
 from enginesmith.publish.local import publish
 from enginesmith.spec import Serving
+from enginesmith.targets import KvCacheMemory
 from enginesmith.triton import package, rehearse
-from enginesmith.triton.rehearse import Answer, Subject
+from enginesmith.triton.llm_asking import Answer, Response
+from enginesmith.triton.llm_checks import run_checks
+from enginesmith.triton.llm_subject import Subject, read_subject
 
 MODEL = "tiny-none"
-SUBJECT = Subject(
-    prompts=("a", "b", "c"),
-    alone=("A", "B", "C"),
-    together=("A", "B", "C"),
-    in_company=(frozenset("A"), frozenset({"B", "b"}), frozenset("C")),
-    too_long="word " * 10,
-    prompt_limit=9,
-    may_turn_away=False,
-)
 
 
 @dataclass
@@ -65,13 +59,18 @@ def packaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lower.run(engine)
     (root / "verdict").mkdir()
     (root / "verdict" / "verdict.json").write_text('{"passed": true}')
-    serving = Serving.model_validate({"max_batch_size": 4, "max_sequence_length": 64})
+    queue = {"queue_policy": {"max_queue_size": 6}}
+    serving = Serving.model_validate(
+        {"max_batch_size": 4, "max_sequence_length": 64, "dynamic_batching": queue}
+    )
     params = {
         "model_name": MODEL,
         "variant": "none",
         "scheme": "none",
         "serving": serving.model_dump(mode="json"),
         "threads": 1,
+        "kv_cache": KvCacheMemory(tokens_per_block=16).model_dump(mode="json"),
+        "prefill_chunk_tokens": 16,
     }
     inputs = {"engine": engine.out, "verdict": root / "verdict", "checkpoint": checkpoint}
     context = Context(root / "package", params, inputs)
@@ -92,11 +91,14 @@ def test_a_rehearsed_package_can_be_published_as_those_bytes(tmp_path: Path, pac
     assert document["passed"] is True
     assert {check["name"] for check in document["checks"]} >= {
         "greedy",
-        "at once",
+        "stream",
+        "6 at once",
+        "messages",
+        "a long prompt for the second time",
         "prompt too long",
-        "invalid UTF-8",
+        "more than it can take",
     }
-    assert facts["requests"] == document["requests"] >= 10
+    assert facts["requests"] == document["requests"] >= 40
     assert facts["server_version"].count(".") == 2
     assert publish(packaged, tmp_path / "repository", evidence={"rehearsal": document}).version == 1
     assert not list(packaged.rglob("__pycache__"))
@@ -109,13 +111,10 @@ def test_a_server_that_answers_otherwise_than_the_engine_stops_the_build(
 ) -> None:
     broken = tmp_path / "package"
     shutil.copytree(packaged, broken)
-    code = broken / MODEL / "1" / "model.py"
-    code.write_text(
-        code.read_text().replace(
-            "return [self._respond(job) for job in jobs]", "return [self._respond(job) for job in jobs[::-1]]"
-        )
-    )
-    code.write_text(code.read_text().replace("kind(row[name][0])", "kind(row[name][0]) + 1"))
+    code = broken / MODEL / "1" / "llm_sampling.py"
+    best = "best = int(np.argmax(steered))"
+    assert best in code.read_text()
+    code.write_text(code.read_text().replace(best, "best = int(np.argsort(steered)[-2])"))
     context = rehearsal(tmp_path / "rehearse", broken)
     with pytest.raises(
         GateError, match=r"(?s)failed its rehearsal in tritonserver.*greedy: asked .*expected .*seen"
@@ -137,70 +136,218 @@ def test_a_package_that_does_not_load_stops_the_build_with_tritons_reason(
         rehearse.run(rehearsal(tmp_path / "rehearse", broken))
 
 
-class Scripted:
-    """Answers as a correct server would, but for what ``changes`` says, by prompt."""
-
-    def __init__(self, **changes: Answer) -> None:
-        self.changes = {prompt.encode(): answer for prompt, answer in changes.items()}
-
-    def __call__(self, *prompts: bytes, **options: object) -> Answer:
-        if len(prompts) > 1:
-            return self.changes.get(b"rows", Answer("\n".join(prompt.decode().upper() for prompt in prompts)))
-        (prompt,) = prompts
-        if options.get("max_tokens") == [0]:
-            return self.changes.get(b"zero", refusal("max_tokens is 0"))
-        if prompt in self.changes:
-            return self.changes[prompt]
-        if len(prompt) > 9:
-            return refusal("the prompt has 10 tokens; at most 9")
-        try:
-            return Answer(prompt.decode().upper(), "length", 1, 3) if prompt else refusal("empty")
-        except UnicodeDecodeError:
-            return refusal("text_input is not valid UTF-8")
+@pytest.mark.model
+def test_an_answer_is_possible_if_each_token_is_as_likely_as_the_best(packaged: Path) -> None:
+    subject = read_subject(packaged / MODEL)
+    for prompt, answer in zip(subject.prompts, subject.alone, strict=True):
+        assert subject.could_answer(prompt, answer)
+        assert not subject.could_answer(prompt, answer[:-1])
+        assert not subject.could_answer(prompt, answer + "a")
+    second = subject.prompts[1]
+    assert not subject.could_answer(second, subject.alone[0]), "the answer to another prompt"
+    assert subject.alone[0] != subject.alone[1]
 
 
-def refusal(reason: str, status: str = "StatusCode.INVALID_ARGUMENT") -> Answer:
+def answer(*texts: str, output_tokens: int = 3, finish_reason: str = "length", **more: Any) -> Answer:
+    reasons = (finish_reason,) * len(texts)
+    return Answer((Response(texts, reasons, 1, output_tokens, **more),))
+
+
+def pieces(*texts: str) -> Answer:
+    """A stream with one response a token."""
+    last = len(texts)
+    responses = (
+        Response((text,), ("length" if turn == last else "",), 1, turn) for turn, text in enumerate(texts, 1)
+    )
+    return Answer(tuple(responses))
+
+
+def refusal(reason: str, status: str | None = None) -> Answer:
     return Answer(refusal=reason, status=status)
 
 
-def failed(subject: Subject = SUBJECT, **changes: Answer) -> set[str]:
-    return {check.name for check in rehearse.run_checks(Scripted(**changes), subject) if not check.passed}
+POSSIBLE = {("a", "A"), ("b", "B"), ("b", "b"), ("c", "C"), ("long", "LONG")}
+SUBJECT = Subject(
+    prompts=("a", "b", "c"),
+    alone=("A", "B", "C"),
+    log_probs=(-1.0, -2.0),
+    chat=("hello", "HELLO"),
+    could_answer=lambda prompt, text: (prompt, text) in POSSIBLE,
+    too_long="word " * 10,
+    prompt_limit=9,
+    sequence_limit=12,
+    slots=3,
+    max_queue_size=0,
+    may_time_out=False,
+    reusable="long",
+)
+RIGHT: Mapping[str, Answer] = {
+    **{prompt: answer(text) for prompt, text in zip(SUBJECT.prompts, SUBJECT.alone, strict=True)},
+    **{f"stream {prompt}": pieces("", prompt.upper()) for prompt in SUBJECT.prompts},
+    "with input": answer("aA"),
+    "generate": answer("A"),
+    "generate_stream": pieces("", "A"),
+    "generate 0": refusal("max_tokens is 0", "HTTP 400"),
+    "rows": answer(*SUBJECT.alone),
+    "seed": answer("B"),
+    "log_probs": answer("A", output_tokens=2, log_probs=(-1.0, -2.0), cum_log_prob=-3.0, tokens=(b"x", b"y")),
+    "messages": answer("HELLO"),
+    "template": answer("HELLO"),
+    "long": answer("LONG", reused_blocks=2),
+    SUBJECT.too_long: refusal("the prompt has 10 tokens; at most 9"),
+    "not UTF-8": refusal("text_input is not valid UTF-8"),
+    "": refusal("text_input is empty"),
+    "max_tokens 0": refusal("max_tokens is 0"),
+    "NaN": refusal("temperature is nan"),
+    "beams": refusal("beam_width is 2"),
+    "not JSON": refusal("messages is not JSON"),
+    "both": refusal("give one of text_input and messages"),
+}
+NAMES = {
+    "seed": "seed",
+    "return_log_probs": "log_probs",
+    "apply_chat_template": "template",
+    "beam_width": "beams",
+    "temperature": "NaN",
+}
+
+
+def label(prompts: Sequence[bytes], inputs: Mapping[str, Sequence[object]]) -> str:
+    """The entry of ``RIGHT`` that answers a request."""
+    if len(prompts) > 1:
+        return "rows"
+    if "messages" in inputs:
+        return "both" if prompts else "not JSON" if inputs["messages"] == [b"hello"] else "messages"
+    if inputs.get("max_tokens") == [0]:
+        return "max_tokens 0"
+    for name, entry in NAMES.items():
+        if name in inputs:
+            return entry
+    if inputs.get("exclude_input_in_output") == [False]:
+        return "with input"
+    try:
+        text = prompts[0].decode()
+    except UnicodeDecodeError:
+        return "not UTF-8"
+    return f"stream {text}" if inputs.get("stream") == [True] else text
+
+
+class Scripted:
+    """Answers as a correct server would, but for what ``changes`` says. ``refused`` is what a flood gets."""
+
+    def __init__(self, changes: Mapping[str, Answer], refused: Sequence[str] = ()) -> None:
+        self.answers = {**RIGHT, **changes}
+        self.refused = list(refused)
+
+    def __call__(self, *prompts: bytes, **inputs: Sequence[object]) -> Answer:
+        return self.answers[label(prompts, inputs)]
+
+    def flood(self, prompt: bytes, *, count: int, max_tokens: int, wants_refusal: bool) -> list[str]:
+        return self.refused
+
+    def generate(
+        self, document: Mapping[str, object], endpoint: Literal["generate", "generate_stream"]
+    ) -> Answer:
+        return self.answers[endpoint if document["max_tokens"] else "generate 0"]
+
+
+def failed(
+    changes: Mapping[str, Answer], subject: Subject = SUBJECT, refused: Sequence[str] = ()
+) -> set[str]:
+    return {check.name for check in run_checks(Scripted(changes, refused), subject) if not check.passed}
 
 
 def test_right_answers_pass() -> None:
-    assert failed() == set()
+    assert failed({}) == set()
 
 
-def test_an_answer_that_the_prompt_gets_in_other_company_is_right_only_among_others() -> None:
-    assert failed(b=Answer("b", "length", 1, 3)) == set()
-    assert failed(a=Answer("a", "length", 1, 3)) == {
-        "greedy",
-        "at once",
-        "greedy again, after the bad requests",
-    }
+def test_an_answer_that_the_engine_gives_in_company_is_right_only_there() -> None:
+    assert failed({"b": answer("b")}) == set()
+    alone = {"greedy", "greedy again, after all that"}
+    assert failed({"a": answer("?")}) == {*alone, "5 at once", "cancelled streams"}
 
 
-def test_rows_in_the_wrong_order_fail() -> None:
-    assert failed(rows=Answer("B\nA\nC")) == {"rows of one request"}
+WRONG: Mapping[str, tuple[Mapping[str, Answer], set[str]]] = {
+    "rows in another order": ({"rows": answer("B", "A", "C")}, {"rows of one request"}),
+    "a row is missing": ({"rows": answer("A", "B")}, {"rows of one request"}),
+    "the prompt is left out": ({"with input": answer("A")}, {"prompt before the answer"}),
+    "a stream in one piece": ({"stream a": answer("A")}, {"stream"}),
+    "a stream that does not end": (
+        {"stream a": Answer(pieces("", "", "A").responses[:2])},
+        {"stream", "5 at once"},
+    ),
+    "a piece is missing": ({"generate_stream": pieces("", "")}, {"HTTP /generate_stream"}),
+    "HTTP answers otherwise": ({"generate": answer("a")}, {"HTTP /generate"}),
+    "a reason that is none": ({"seed": answer("B", finish_reason="maybe")}, {"sampling"}),
+    "too many tokens": ({"seed": answer("B", output_tokens=99)}, {"sampling"}),
+    "a stop word": ({"seed": answer("B###")}, {"sampling"}),
+    "no log-probabilities": ({"log_probs": answer("A")}, {"log-probabilities"}),
+    "other log-probabilities": (
+        {
+            "log_probs": answer(
+                "A", output_tokens=2, log_probs=(-1.0, -2.1), cum_log_prob=-3.1, tokens=(b"", b"")
+            )
+        },
+        {"log-probabilities"},
+    ),
+    "a wrong sum": (
+        {
+            "log_probs": answer(
+                "A", output_tokens=2, log_probs=(-1.0, -2.0), cum_log_prob=-2.0, tokens=(b"", b"")
+            )
+        },
+        {"log-probabilities"},
+    ),
+    "chat without the template": ({"messages": answer("hello")}, {"messages"}),
+    "nothing is reused": (
+        {"long": answer("LONG", reused_blocks=0)},
+        {"a long prompt for the second time"},
+    ),
+    "reuse spoils the answer": (
+        {"long": answer("GNOL", reused_blocks=1)},
+        {"a long prompt for the first time", "a long prompt for the second time"},
+    ),
+    "a refusal without its reason": ({"max_tokens 0": refusal("bad request")}, {"max_tokens 0"}),
+    "a refusal as an error of the server": (
+        {"generate 0": refusal("max_tokens is 0", "HTTP 500")},
+        {"HTTP /generate, max_tokens 0"},
+    ),
+    "a refusal with a traceback": (
+        {SUBJECT.too_long: refusal("Traceback: at most 9")},
+        {"prompt too long"},
+    ),
+    "what is wrong is answered": ({"both": answer("A")}, {"prompt and messages"}),
+    "an empty prompt crashes": (
+        {"": refusal("Stub process is not healthy")},
+        {"empty prompt"},
+    ),
+}
 
 
-def test_a_request_that_the_queue_policy_may_refuse_does_not_fail() -> None:
-    full = refusal("exceeds maximum queue size", "StatusCode.UNAVAILABLE")
-    assert failed(c=full) == {"at once"}
-    assert failed(replace(SUBJECT, may_turn_away=True), c=full) == set()
+@pytest.mark.parametrize(("changes", "expected"), WRONG.values(), ids=WRONG)
+def test_wrong_answers_fail_their_check(changes: Mapping[str, Answer], expected: set[str]) -> None:
+    assert failed(changes) == expected
 
 
-def test_a_refusal_that_does_not_name_the_reason_fails() -> None:
-    assert failed(zero=refusal("bad request")) == {"max_tokens 0"}
-    assert failed(zero=Answer("A", "length", 1, 0)) == {"max_tokens 0"}
-    assert failed(**{SUBJECT.too_long: refusal("Traceback: 9")}) == {"prompt too long"}
+def test_an_empty_prompt_may_be_answered() -> None:
+    assert failed({"": answer("x")}) == set()
 
 
-def test_an_empty_prompt_may_be_answered_or_refused_but_may_not_crash() -> None:
-    assert failed(**{"": Answer("x", "length", 1, 2)}) == set()
-    assert failed(**{"": refusal("Stub process is not healthy", "StatusCode.INTERNAL")}) == {"empty prompt"}
+def test_requests_may_be_turned_away_only_where_the_spec_limits_the_queue() -> None:
+    full = {"c": refusal("the queue is full; try again later")}
+    assert failed(full) == {"5 at once"}
+    assert failed(full, replace(SUBJECT, may_time_out=True)) == set()
 
 
-def test_sampling_that_ignores_the_stop_words_fails() -> None:
-    assert failed(b=Answer("b", "maybe", 1, 3)) == {"sampling"}
-    assert failed(b=Answer("b", "stop", 1, 99)) == {"sampling"}
+def test_a_full_queue_must_refuse_and_only_then() -> None:
+    limited = replace(SUBJECT, max_queue_size=4)
+    assert failed({}, limited) == {"more than it can take"}
+    assert failed({}, limited, ["the queue is full; try again later"]) == set()
+    assert failed({}, limited, ["crashed"]) == {"more than it can take"}
+    assert failed({}, refused=["the queue is full; try again later"]) == {"cancelled streams"}
+
+
+def test_a_model_without_a_chat_template_must_say_so() -> None:
+    plain = replace(SUBJECT, chat=None)
+    assert failed({}, plain) == {"chat without a template"}
+    assert failed({"messages": refusal("this model has no chat template")}, plain) == set()

@@ -2,18 +2,22 @@
 
 tritonserver takes requests to decoupled models over ``ModelStreamInfer`` only (and over HTTP at ``/generate``). Every
 request here is a stream of its own: it is written, the client's side is closed, and the responses are read to their end.
+
+An error in a stream is a message without a status. The metadata ``triton_grpc_error``, which asks for one, is not sent:
+tritonserver 2.51 ends with SIGSEGV after some refused requests that carry it. HTTP has statuses.
 """
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
-import queue
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import grpc  # type: ignore[import-untyped]
+import grpc.aio  # type: ignore[import-untyped]
 import numpy as np
 from tritonclient.grpc import InferResult, service_pb2, service_pb2_grpc
 from tritonclient.utils import serialize_byte_tensor
@@ -22,8 +26,6 @@ from enginesmith.triton.config import LLM_INPUTS
 
 PATIENCE_S = 300.0
 """How long a request may take altogether."""
-# Without it an error in a stream is a message without a status, and the stream goes on.
-_WITH_STATUS = (("triton_grpc_error", "true"),)
 _WIRE_TYPES: Mapping[str, tuple[str, type]] = {
     "TYPE_STRING": ("BYTES", np.object_),
     "TYPE_INT32": ("INT32", np.int32),
@@ -55,7 +57,7 @@ class Answer:
     responses: tuple[Response, ...] = ()
     refusal: str | None = None
     status: str | None = None
-    """The gRPC status of a refusal, e.g. ``INVALID_ARGUMENT``."""
+    """Of a refusal: that of HTTP, or of a gRPC call that broke."""
 
     @property
     def text(self) -> str:
@@ -70,7 +72,8 @@ class Answer:
     def shown(self) -> str:
         """For people."""
         if self.refusal is not None:
-            return f"refused ({self.status}): {self.refusal[:300]}"
+            status = "" if self.status is None else f" ({self.status})"
+            return f"refused{status}: {self.refusal[:300]}"
         return self.text if len(self.responses) == 1 else f"{self.text} ({len(self.responses)} responses)"
 
 
@@ -83,7 +86,7 @@ class Ask(Protocol):
     def flood(self, prompt: bytes, *, count: int, max_tokens: int, wants_refusal: bool) -> list[str]:
         """Stream ``count`` long answers at once, wait for a refusal or else for some text, then cancel all.
 
-        Returns the refusals that came by then, as ``status: message``.
+        Returns the refusals that came by then.
         """
 
     def generate(
@@ -96,6 +99,7 @@ class Asking:
     """``Ask`` for one model on a running server. Counts its requests."""
 
     def __init__(self, grpc_url: str, http_url: str, model: str) -> None:
+        self._grpc_url = grpc_url
         self._channel = grpc.insecure_channel(grpc_url)
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
         self._http_url, self._model = http_url, model
@@ -109,9 +113,9 @@ class Asking:
         """The answer to one request; see ``Ask``."""
         responses: list[Response] = []
         try:
-            for message in self._open(prompts, inputs):
+            for message in self._open(self._stub, prompts, inputs):
                 if message.error_message:
-                    return Answer(tuple(responses), refusal=message.error_message, status="UNKNOWN")
+                    return Answer(tuple(responses), refusal=message.error_message)
                 responses.append(_response(message.infer_response))
         except grpc.RpcError as error:
             return Answer(tuple(responses), refusal=str(error.details()), status=error.code().name)
@@ -119,26 +123,30 @@ class Asking:
 
     def flood(self, prompt: bytes, *, count: int, max_tokens: int, wants_refusal: bool) -> list[str]:
         """Load the model beyond what it can take; see ``Ask``."""
-        ended: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        calls = []
-        refusals = []
-        try:
-            for _ in range(count):
-                calls.append(self._open([prompt], {"max_tokens": [max_tokens], "stream": [True]}))
-                if wants_refusal:
-                    calls[-1].add_done_callback(ended.put)
-            if not wants_refusal:
-                next(calls[0])
-            for _ in calls if wants_refusal else ():
-                call = ended.get(timeout=PATIENCE_S)
-                if call.code() is not grpc.StatusCode.OK:
-                    refusals.append(f"{call.code().name}: {call.details()}")
+        inputs: dict[str, Sequence[object]] = {"max_tokens": [max_tokens], "stream": [True]}
+        return asyncio.run(self._flood([prompt], inputs, count=count, wants_refusal=wants_refusal))
+
+    async def _flood(
+        self,
+        prompts: Sequence[bytes],
+        inputs: Mapping[str, Sequence[object]],
+        *,
+        count: int,
+        wants_refusal: bool,
+    ) -> list[str]:
+        refusals: list[str] = []
+        async with grpc.aio.insecure_channel(self._grpc_url) as channel:
+            stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+            calls = [self._open(stub, prompts, inputs) for _ in range(count)]
+            waiting = {asyncio.ensure_future(_refusal(call, or_text=not wants_refusal)) for call in calls}
+            while waiting and not refusals:
+                seen, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                refusals += [refusal for one in seen if (refusal := one.result()) is not None]
+                if not wants_refusal:
                     break
-        except (grpc.RpcError, StopIteration, queue.Empty) as error:
-            refusals.append(f"broken: {error!r}")
-        finally:
             for call in calls:
                 call.cancel()
+            await asyncio.gather(*waiting)
         return refusals
 
     def generate(
@@ -166,7 +174,7 @@ class Asking:
             )
         )
 
-    def _open(self, prompts: Sequence[bytes], inputs: Mapping[str, Sequence[object]]) -> Any:
+    def _open(self, stub: Any, prompts: Sequence[bytes], inputs: Mapping[str, Sequence[object]]) -> Any:
         self.requests += 1
         rows = max(1, len(prompts))
         request = service_pb2.ModelInferRequest(model_name=self._model)
@@ -174,7 +182,20 @@ class Asking:
             _add_input(request, "text_input", [[prompt] for prompt in prompts])
         for name, values in {"exclude_input_in_output": [True], **inputs}.items():
             _add_input(request, name, [list(values)] * rows)
-        return self._stub.ModelStreamInfer(iter([request]), timeout=PATIENCE_S, metadata=_WITH_STATUS)
+        return stub.ModelStreamInfer(iter([request]), timeout=PATIENCE_S)
+
+
+async def _refusal(call: Any, *, or_text: bool) -> str | None:
+    """Why the model refused the request, if it did. ``or_text`` waits no longer than for the first response."""
+    try:
+        async for message in call:
+            if message.error_message:
+                return str(message.error_message)
+            if or_text:
+                return None
+    except (grpc.RpcError, asyncio.CancelledError):
+        return None if call.cancelled() else f"the call broke: {call.debug_error_string()}"
+    return None
 
 
 def _add_input(request: Any, name: str, rows: Sequence[Sequence[object]]) -> None:
