@@ -1,197 +1,281 @@
-"""The served model's entry point: every request gets its own answer or its own error.
-
-Triton's own module exists only inside its Python backend, so its few classes are stood in for here; the
-rehearsal tests run the same file in a real tritonserver.
-"""
+"""The served model in a real tritonserver: one response or a stream, and every refusal to the one who earned it."""
 
 from __future__ import annotations
 
-import importlib
-import importlib.resources
 import json
-import sys
+import time
+import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from checkpoint_factory import tiny_checkpoint
-from engine_cases import edit_tensors, lowered
+from checkpoint_factory import VOCAB_SIZE, tiny_checkpoint, write_tokenizer
+from engine_cases import lowered
+from llm_engines import with_end_tokens
+from llm_served import PATIENCE_S, SERVING, Stream, place_model, serving_llm, stream_to
 
-SERVING = {
-    "max_batch_size": 2,
-    "max_sequence_length": 64,
-    "max_prompt_length": 40,
-    "default_max_tokens": 6,
-    "threads": 1,
-}
+from enginesmith.triton.models.llm_onnxruntime.llm_text import Text
+from enginesmith.triton.server import TritonServer
 
-
-@dataclass(frozen=True)
-class Tensor:
-    """``pb_utils.Tensor``."""
-
-    label: str
-    array: Any
-
-    def name(self) -> str:
-        return self.label
-
-    def as_numpy(self) -> Any:
-        return self.array
-
-
-@dataclass(frozen=True)
-class TritonError:
-    """``pb_utils.TritonError``."""
-
-    text: str
-    code: int
-
-    INTERNAL = 1
-    INVALID_ARG = 2
-
-
-@dataclass(frozen=True)
-class InferenceResponse:
-    """``pb_utils.InferenceResponse``."""
-
-    tensors: list[Tensor] = field(default_factory=list)
-    error: TritonError | None = None
-
-    def column(self, name: str) -> list[Any]:
-        (found,) = (tensor.array for tensor in self.tensors if tensor.label == name)
-        return [row[0].decode() if isinstance(row[0], bytes) else int(row[0]) for row in found]
-
-
-def request(texts: list[bytes], **inputs: Any) -> SimpleNamespace:
-    """A request with one row per text; other inputs are the same in every row."""
-    tensors = [Tensor("text_input", np.array([[text] for text in texts], np.object_))]
-    for name, value in inputs.items():
-        values = value if isinstance(value, list) else [value]
-        dtype = np.object_ if isinstance(values[0], bytes) else None
-        tensors.append(Tensor(name, np.array([values] * len(texts), dtype)))
-    return SimpleNamespace(inputs=lambda: tensors)
+pytestmark = pytest.mark.server
 
 
 @pytest.fixture(scope="module")
-def backend() -> Iterator[ModuleType]:
-    """``model.py``, imported as the Python backend imports it: from its folder, beside Triton's module."""
-    stand_in = ModuleType("triton_python_backend_utils")
-    for kind in (Tensor, TritonError, InferenceResponse):
-        setattr(stand_in, kind.__name__, kind)
-    folder = str(importlib.resources.files("enginesmith.triton.models") / "llm_onnxruntime")
-    names = ("triton_python_backend_utils", "llm_runtime", "llm_text", "model")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(folder)
-        patch.setitem(sys.modules, names[0], stand_in)
-        for name in names[1:]:
-            patch.delitem(sys.modules, name, raising=False)
-        yield importlib.import_module("model")
-        for name in names[1:]:
-            sys.modules.pop(name, None)
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
+    directory = tmp_path_factory.mktemp("served")
+    checkpoint = tiny_checkpoint(directory / "checkpoint")
+    engine = with_end_tokens(lowered(checkpoint, directory / "engine"), [])
+    repository = directory / "repository"
+    place_model(repository, "llm", engine, checkpoint, kv_cache={"reuse_tokens": 64, "tokens_per_block": 8})
+    place_model(
+        repository, "narrow", engine, checkpoint, max_batch_size=1, max_sequence_length=1024, max_queue_size=1
+    )
+    with serving_llm(repository) as running:
+        yield running
 
 
-def serve(backend: ModuleType, checkpoint: Path, repository: Path) -> Any:
-    """A loaded model, its engine lowered from ``checkpoint`` into version directory 1 of ``repository``."""
-    version = lowered(checkpoint, repository / "1")
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        (version / name).write_bytes((checkpoint / name).read_bytes())
-    (version / "serving.json").write_text(json.dumps(SERVING))
-    model = backend.TritonPythonModel()
-    model.initialize({"model_repository": str(repository), "model_version": "1"})
-    return model
+@pytest.fixture
+def stream(server: TritonServer) -> Iterator[Stream]:
+    with stream_to(server.grpc_url) as opened:
+        yield opened
 
 
-@pytest.fixture(scope="module")
-def served(backend: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    repository = tmp_path_factory.mktemp("repository")
-    return serve(backend, tiny_checkpoint(repository / "checkpoint"), repository)
+def post(server: TritonServer, path: str, body: dict[str, Any]) -> bytes:
+    request = urllib.request.Request(f"http://{server.http_url}/v2/models/{path}", json.dumps(body).encode())
+    with urllib.request.urlopen(request, timeout=PATIENCE_S) as response:
+        content: bytes = response.read()
+    return content
 
 
-def test_rows_and_requests_are_answered_in_order(served: Any) -> None:
+def metric(server: TritonServer, name: str, *, model: str) -> float:
+    """A metric as Triton shows it."""
+    with urllib.request.urlopen(server.metrics_url, timeout=PATIENCE_S) as response:
+        lines = response.read().decode().splitlines()
+    (line,) = (one for one in lines if one.startswith(f'{name}{{model="{model}",version="1"}}'))
+    return float(line.split()[-1])
+
+
+def wait_for_metric(server: TritonServer, name: str, value: float, *, model: str) -> None:
+    """Triton offers no event for its metrics, so they are read until ``name`` is ``value``."""
+    end_s = time.monotonic() + PATIENCE_S
+    while metric(server, name, model=model) != value:
+        assert time.monotonic() < end_s, f"{name} of {model} did not become {value}"
+
+
+def test_rows_and_requests_are_answered_each_as_alone(stream: Stream) -> None:
     texts = [b"one", b"a rather longer text", b"x", b"yet another", b"five"]
-    apart = [served.execute([request([text])])[0] for text in texts]
+    apart = [stream.ask("llm", [text]) for text in texts]
 
-    together = served.execute([request(texts[:3]), request(texts[3:])])
-
-    for name in ("text_output", "num_input_tokens", "num_output_tokens", "finish_reason"):
-        answers = [answer for response in together for answer in response.column(name)]
-        assert answers == [response.column(name)[0] for response in apart]
-    assert [len(response.column("text_output")) for response in together] == [3, 2]
-
-
-def test_parameters_left_out_have_the_packages_defaults(served: Any) -> None:
-    response = served.execute([request([b"text"])])[0]
-    assert response.column("num_output_tokens")[0] <= SERVING["default_max_tokens"]
-    assert served.execute([request([b"text"], max_tokens=2)])[0].column("num_output_tokens") == [2]
+    for rows in (slice(0, 2), slice(3, 5)):
+        together = stream.ask("llm", texts[rows])
+        for row, expected in enumerate(apart[rows]):
+            assert together.text(row) == expected.text()
+            for name in ("num_input_tokens", "num_output_tokens"):
+                assert together.number(name, row) == expected.number(name)
 
 
-def test_chat_template_is_applied_on_request(served: Any) -> None:
-    plain, chat = served.execute([request([b"Hi"]), request([b"Hi"], apply_chat_template=True)])
-    assert chat.column("num_input_tokens")[0] > plain.column("num_input_tokens")[0]
+def test_streamed_pieces_are_the_one_response_in_parts(stream: Stream) -> None:
+    whole = stream.ask("llm", [b"some text"], max_tokens=12, exclude_input_in_output=True)
+    stream.send("llm", [b"some text"], max_tokens=12, stream=True)
+    pieces = stream.all()
+
+    assert len(pieces) > 3
+    assert "".join(piece.text() for piece in pieces) == whole.text()
+    assert [piece.finish_reason for piece in pieces] == [""] * (len(pieces) - 1) + ["length"]
+    counts = [piece.number("num_output_tokens") for piece in pieces]
+    assert counts == sorted(counts)
+    assert counts[-1] == whole.number("num_output_tokens") == 12
+    assert {piece.number("num_input_tokens") for piece in pieces} == {whole.number("num_input_tokens")}
+
+
+def test_answer_begins_with_the_text_unless_that_is_excluded(stream: Stream) -> None:
+    with_input = stream.ask("llm", [b"text"])
+    without = stream.ask("llm", [b"text"], exclude_input_in_output=True)
+    assert with_input.text() == "text" + without.text()
+
+
+def test_parameters_left_out_have_the_packages_defaults(stream: Stream) -> None:
+    assert stream.ask("llm", [b"text"]).number("num_output_tokens") == SERVING["default_max_tokens"]
+    assert stream.ask("llm", [b"text"], max_tokens=2).number("num_output_tokens") == 2
+
+
+def test_messages_are_written_with_the_models_own_template(stream: Stream) -> None:
+    chat = stream.ask("llm", [b"Hi"], apply_chat_template=True)
+    messages = stream.ask("llm", None, messages=b'[{"role": "user", "content": "Hi"}]')
+    written = stream.ask(
+        "llm", [b"<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"], exclude_input_in_output=True
+    )
+    assert chat.text() == messages.text() == written.text()
+    assert chat.number("num_input_tokens") == written.number("num_input_tokens")
+
+
+def test_log_probabilities_come_with_the_bytes_of_their_tokens(stream: Stream) -> None:
+    asked = {"max_tokens": 10, "return_log_probs": True, "exclude_input_in_output": True}
+    whole = stream.ask("llm", [b"text"], **asked)
+    stream.send("llm", [b"text"], stream=True, **asked)
+    pieces = stream.all()
+
+    logprobs = whole.tensors["output_log_probs"]
+    assert logprobs.shape == (1, 1, 10)
+    assert whole.tensors["cum_log_probs"][0, 0] == pytest.approx(logprobs.sum(), rel=1e-5)
+    tokens = b"".join(whole.tensors["output_tokens"][0])
+    assert tokens.decode(errors="replace") == whole.text()
+    streamed = np.concatenate([piece.tensors["output_log_probs"][0, 0] for piece in pieces])
+    np.testing.assert_allclose(streamed, logprobs[0, 0], rtol=1e-5)
+    assert b"".join(token for piece in pieces for token in piece.tensors["output_tokens"][0]) == tokens
+
+
+def test_performance_metrics_tell_reuse_and_times_in_order(stream: Stream) -> None:
+    shared = "the same beginning of a prompt, "
+    stream.ask("llm", [f"{shared}one".encode()])
+    reply = stream.ask("llm", [f"{shared}two".encode()], return_perf_metrics=True)
+
+    reused, new, total = (
+        reply.number(f"kv_cache_{name}_blocks") for name in ("reused", "alloc_new", "alloc_total")
+    )
+    assert reused >= 1
+    assert reused + new == total
+    times = [
+        reply.number(f"{name}_time_ns")
+        for name in ("arrival", "first_scheduled", "first_token", "last_token")
+    ]
+    assert times == sorted(times)
+
+
+def test_stop_words_end_the_answer_before_themselves(stream: Stream) -> None:
+    asked = {"max_tokens": 30, "exclude_input_in_output": True}
+    free = stream.ask("llm", [b"text"], **asked).text()
+    stop = free[4:7]
+
+    reply = stream.ask("llm", [b"text"], stop_words=[b"never there", stop.encode()], **asked)
+
+    assert reply.text() == free[: free.index(stop)]
+    assert reply.finish_reason == "stop"
+    assert reply.number("num_output_tokens") < 30
+
+
+def test_end_id_ends_the_answer_and_min_tokens_puts_it_off(stream: Stream, tmp_path: Path) -> None:
+    write_tokenizer(tmp_path)
+    text = Text(tmp_path)
+    free = stream.ask("llm", [b"text"], max_tokens=20, return_log_probs=True).tensors["output_tokens"][0]
+    place = next(place for place in range(2, 20) if free[place] not in free[:place])
+    end_id = next(token for token in range(VOCAB_SIZE) if text.token_bytes(token) == free[place])
+
+    ended = stream.ask("llm", [b"text"], max_tokens=20, end_id=end_id)
+    late = stream.ask("llm", [b"text"], max_tokens=20, end_id=end_id, min_tokens=20)
+
+    assert (ended.finish_reason, ended.number("num_output_tokens")) == ("stop", place + 1)
+    assert (late.finish_reason, late.number("num_output_tokens")) == ("length", 20)
 
 
 @pytest.mark.parametrize(
     ("text", "inputs", "message"),
     [
-        (b"", {}, "text_input is empty"),
+        (b"", {}, "text_input is empty: the prompt has no tokens"),
         (b"\xff\xfe", {}, "text_input is not valid UTF-8: invalid start byte at byte 0"),
-        (b"word " * 100, {}, "tokens; this model accepts at most 40"),
+        (b"word " * 45, {}, "tokens; this model accepts at most 40"),
+        (b"x" * 10_000_000, {}, "text_input has 10000000 characters, more than the 40 tokens"),
         (b"Hi", {"temperature": -1.0}, "temperature is -1.0; allowed: from 0"),
         (b"Hi", {"max_tokens": 0}, "max_tokens is 0; allowed: at least 1"),
-        (b"Hi", {"seed": -3}, "seed is -3; allowed: at least 0"),
+        (b"Hi", {"presence_penalty": float("nan")}, "presence_penalty is nan; allowed: from -100 to 100"),
+        (b"Hi", {"beam_width": 2}, "beam_width is 2; allowed: 1"),
+        (b"Hi", {"end_id": 512}, "end_id is 512; allowed: -1 (none) to 511"),
         (b"Hi", {"stop_words": [b"\xff"]}, "stop_words is not valid UTF-8"),
+        (b"Hi", {"messages": b"[]"}, "give one of text_input and messages; seen: text_input and messages"),
+        (None, {"max_tokens": 3}, "give one of text_input and messages; seen: none"),
+        (None, {"messages": b"{"}, "messages is not JSON"),
+        (None, {"messages": b"[]"}, "messages must be a list with at least one"),
+        (None, {"messages": b"[3]"}, "messages[0] is int; allowed: an object"),
+        (None, {"messages": b'[{"role": "user"}]'}, "messages[0].content is NoneType; allowed: a string"),
     ],
 )
 def test_bad_request_gets_its_own_error_and_the_others_their_answers(
-    text: bytes, inputs: dict[str, Any], message: str, served: Any
+    text: bytes | None, inputs: dict[str, Any], message: str, stream: Stream
 ) -> None:
-    alone = served.execute([request([b"good"])])[0]
-
-    bad, good = served.execute([request([text], **inputs), request([b"good"])])
-
-    assert bad.error.code == TritonError.INVALID_ARG
-    assert message in bad.error.text
-    assert good.column("text_output") == alone.column("text_output")
+    bad = stream.ask("llm", None if text is None else [text], **inputs)
+    assert message in bad.error
+    assert stream.ask("llm", [b"good"]).error == ""
 
 
-def test_stop_words_end_the_answer_before_themselves(served: Any) -> None:
-    free = served.execute([request([b"text"], max_tokens=30)])[0].column("text_output")[0]
-    stop = free[4:7]
-
-    response = served.execute(
-        [request([b"text"], max_tokens=30, stop_words=[b"", b"never there", stop.encode()])]
-    )[0]
-
-    assert response.column("text_output") == [free[: free.index(stop)]]
-    assert response.column("finish_reason") == ["stop"]
-    assert response.column("num_output_tokens")[0] < 30
+def test_rows_cannot_be_streamed(stream: Stream) -> None:
+    assert (
+        "the request has 2 rows; with stream it may have one"
+        in stream.ask("llm", [b"a", b"b"], stream=True).error
+    )
 
 
-def test_earliest_of_several_stop_words_cuts(backend: ModuleType, served: Any) -> None:
-    stops = backend.StopStrings(served._text, ["def", "c", "absent"])
-    assert stops.cut("abcdef") == "ab"
-    assert stops.cut("nothing to find") == "nothing to find"
+def test_text_with_nul_and_lone_replacement_characters_is_text(stream: Stream) -> None:
+    assert stream.ask("llm", ["a\0b \ufffd \U0001f600".encode()]).error == ""
 
 
-def test_engine_that_produces_nan_fails_its_requests_and_keeps_none_of_them(
-    backend: ModuleType, tmp_path: Path
-) -> None:
-    checkpoint = tiny_checkpoint(tmp_path / "checkpoint")
+def test_generate_and_generate_stream_answer_over_http(server: TritonServer, stream: Stream) -> None:
+    expected = stream.ask("llm", [b"text"], exclude_input_in_output=True)
+    body = {"text_input": "text", "exclude_input_in_output": True}
 
-    def spoil(tensors: dict[str, Any]) -> None:
-        tensors["model.norm.weight"][0] = float("nan")
+    whole = json.loads(post(server, "llm/generate", body))
+    events = post(server, "llm/generate_stream", {**body, "stream": True}).decode().split("\n\n")
 
-    edit_tensors(checkpoint, spoil)
-    broken = serve(backend, checkpoint, tmp_path)
+    assert whole["text_output"] == expected.text()
+    assert whole["finish_reason"] == "length"
+    pieces = [json.loads(event.removeprefix("data: ")) for event in events if event]
+    assert len(pieces) > 1
+    assert "".join(piece["text_output"] for piece in pieces) == expected.text()
 
-    failed, refused = broken.execute([request([b"text"]), request([b""])])
 
-    assert (failed.error.code, refused.error.code) == (TritonError.INTERNAL, TritonError.INVALID_ARG)
-    assert "the engine produced nan after" in failed.error.text
-    assert "text_input is empty" in refused.error.text
-    assert broken._runtime.free_slots == SERVING["max_batch_size"]
+def test_client_that_leaves_frees_its_slot(server: TritonServer) -> None:
+    before = metric(server, "enginesmith_llm_output_tokens_total", model="narrow")
+    leaving = Stream(server.grpc_url)
+    leaving.send("narrow", [b"text"], max_tokens=1000, stream=True)
+    for _ in range(3):
+        assert not leaving.receive().final
+    leaving.cancel()
+
+    wait_for_metric(server, "enginesmith_llm_running", 0, model="narrow")
+
+    assert metric(server, "enginesmith_llm_output_tokens_total", model="narrow") - before < 500
+
+
+def test_client_that_leaves_is_not_waited_for_without_a_stream_of_pieces(server: TritonServer) -> None:
+    leaving = Stream(server.grpc_url)
+    before = metric(server, "enginesmith_llm_output_tokens_total", model="narrow")
+    leaving.send("narrow", [b"text"], max_tokens=1000)
+    wait_for_metric(server, "enginesmith_llm_running", 1, model="narrow")
+    leaving.cancel()
+    wait_for_metric(server, "enginesmith_llm_running", 0, model="narrow")
+    assert metric(server, "enginesmith_llm_output_tokens_total", model="narrow") - before < 1000
+
+
+def test_full_queue_refuses_at_once(server: TritonServer, stream: Stream) -> None:
+    holding = Stream(server.grpc_url)
+    holding.send("narrow", [b"text"], max_tokens=1000, stream=True)
+    holding.receive()
+    holding.send("narrow", [b"text"], max_tokens=1)
+    wait_for_metric(server, "enginesmith_llm_waiting", 1, model="narrow")
+
+    refused = stream.ask("narrow", [b"text"])
+
+    holding.cancel()
+    for name in ("waiting", "running"):
+        wait_for_metric(server, f"enginesmith_llm_{name}", 0, model="narrow")
+    assert refused.error.startswith("the queue is full: 1 requests wait, at most 1 may; try again later")
+    assert stream.ask("narrow", [b"text"]).error == ""
+
+
+def test_request_ends_at_its_own_timeout(stream: Stream) -> None:
+    stream.send("narrow", [b"text"], max_tokens=1000, stream=True, timeout_us=50_000)
+    last = stream.all()[-1]
+    assert "the request's timeout of 0.05 s has passed after" in last.error
+
+
+def test_metrics_count_tokens_and_slots(server: TritonServer, stream: Stream) -> None:
+    names = [f"enginesmith_llm_{name}_tokens_total" for name in ("prompt", "output", "reused")]
+    wait_for_metric(server, "enginesmith_llm_running", 0, model="llm")
+    before = [metric(server, name, model="llm") for name in names]
+    reply = stream.ask("llm", [b"a text that was never seen"], max_tokens=5)
+    prompt_tokens = reply.number("num_input_tokens")
+    wait_for_metric(server, names[1], before[1] + 5, model="llm")
+    assert metric(server, names[0], model="llm") == before[0] + prompt_tokens
+    assert metric(server, names[2], model="llm") <= before[2] + prompt_tokens
+    assert metric(server, "enginesmith_llm_slots", model="llm") == SERVING["max_batch_size"]
