@@ -17,6 +17,9 @@ from openai_deployment import PATIENCE_S, Front, front_over, serving_models, wai
 
 pytestmark = pytest.mark.server
 
+PLACES = 32
+"""Answers that the front of the module gives at once."""
+
 
 @pytest.fixture(scope="module")
 def triton_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
@@ -30,7 +33,7 @@ def front(triton_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     (templates / "chat_template.jinja").write_text(
         "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}<assistant>"
     )
-    arguments = ("--alias", "gpt-4o=speaker", "--alias", "gone=nobody")
+    arguments = ("--alias", "gpt-4o=speaker", "--alias", "gone=nobody", "--max-generations", str(PLACES))
     chats = ("--chat-template", f"prompts-only={templates}", "--default-max-tokens", "33")
     with front_over(triton_url, *arguments, *chats) as running:
         yield running
@@ -38,10 +41,10 @@ def front(triton_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 @pytest.fixture(scope="module")
 def strict_front(triton_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
-    """One answer at a time, in a second, for those who know a key."""
+    """Short answers to short questions, for those who know a key."""
     keys = tmp_path_factory.mktemp("keys") / "keys.txt"
     keys.write_text("# of the tests\nsecret-1\nsecret-2\n")
-    limits = ("--max-generations", "1", "--timeout-s", "1", "--max-request-mib", "1")
+    limits = ("--timeout-s", "1", "--max-request-mib", "1")
     with front_over(triton_url, "--api-key-file", str(keys), *limits) as running:
         yield running
 
@@ -236,15 +239,10 @@ def test_what_a_model_refuses_has_the_status_of_the_reason(
 
 
 def test_a_failure_in_the_middle_of_a_stream_is_an_error_of_the_stream(client: openai.OpenAI) -> None:
-    seen = []
-    with (
-        client.completions.create(model="speaker", prompt="break", stream=True) as stream,
-        pytest.raises(openai.APIError, match="asked to fail"),
-    ):
-        for chunk in stream:
-            seen.append(chunk.choices[0].text)
-
-    assert seen == ["word"]
+    with client.completions.create(model="speaker", prompt="break", stream=True) as stream:
+        assert next(stream).choices[0].text == "word"
+        with pytest.raises(openai.APIError, match="asked to fail"):
+            next(stream)
 
 
 @pytest.mark.parametrize("model", ["nobody", "gone"])
@@ -311,9 +309,9 @@ def test_many_streams_at_once_are_each_answered_with_their_own_text(front: Front
 
     async def all_of_them() -> list[str]:
         async with openai.AsyncOpenAI(base_url=front.url, api_key="x", timeout=PATIENCE_S) as client:
-            return await asyncio.gather(*(one(client, number) for number in range(32)))
+            return await asyncio.gather(*(one(client, number) for number in range(PLACES)))
 
-    assert asyncio.run(all_of_them()) == [f"this is number {number}" for number in range(32)]
+    assert asyncio.run(all_of_them()) == [f"this is number {number}" for number in range(PLACES)]
 
 
 def test_callers_without_a_key_are_turned_away_and_probes_are_not(strict_front: Front) -> None:
@@ -344,18 +342,20 @@ def test_an_answer_that_takes_too_long_is_ended_here_and_on_the_server(
     wait_for_text(mark, "cancelled")
 
 
-def test_more_answers_than_there_is_room_for_are_told_to_come_back(triton_url: str, tmp_path: Path) -> None:
+def test_more_answers_than_there_is_room_for_are_told_to_come_back(
+    client: openai.OpenAI, tmp_path: Path
+) -> None:
     mark = tmp_path / "mark"
-    with front_over(triton_url, "--max-generations", "1") as small, client_of(small) as client:
-        with client.completions.create(model="speaker", prompt=f"wait {mark}", stream=True) as first:
-            next(first)
-            with pytest.raises(openai.RateLimitError) as caught:
-                client.completions.create(model="speaker", prompt="say a")
-            with pytest.raises(openai.BadRequestError, match="asks for 2 answers; at most 1"):
-                client.completions.create(model="speaker", prompt="say a", n=2)
-        wait_for_text(mark, "cancelled")
+    with client.completions.create(
+        model="speaker", prompt=f"wait {mark}", n=PLACES, stream=True
+    ) as all_places:
+        next(all_places)
+        with pytest.raises(openai.RateLimitError) as caught:
+            client.completions.create(model="speaker", prompt="say a")
+    with pytest.raises(openai.BadRequestError, match=f"asks for {PLACES + 1} answers; at most {PLACES}"):
+        client.completions.create(model="speaker", prompt="say a", n=PLACES + 1)
 
-        again = client.with_options(max_retries=5).completions.create(model="speaker", prompt="say a")
+    again = client.with_options(max_retries=5).completions.create(model="speaker", prompt="say a")
 
     assert caught.value.response.headers["retry-after"] == "1"
     assert again.choices[0].text == "a"
@@ -402,14 +402,20 @@ def test_each_answer_has_an_id_and_keeps_that_of_the_caller(front: Front) -> Non
 
 
 def test_sigterm_lets_answers_end_and_takes_no_new_ones(triton_url: str, tmp_path: Path) -> None:
-    mark = tmp_path / "mark"
-    with front_over(triton_url, "--drain-s", "1") as ending, client_of(ending) as client:
-        with client.completions.create(model="speaker", prompt=f"wait {mark}", stream=True) as stream:
-            next(stream)
+    gate, mark = tmp_path / "gate", tmp_path / "mark"
+    with front_over(triton_url, "--drain-s", "2") as ending, client_of(ending) as client:
+        with (
+            client.completions.create(model="speaker", prompt=f"hold {gate}", stream=True) as short,
+            client.completions.create(model="speaker", prompt=f"wait {mark}", stream=True) as endless,
+        ):
+            next(short)
+            next(endless)
             ending.process.send_signal(signal.SIGTERM)
-            # The answer would never end: it is given its second, and then ended on the server as well.
+            gate.touch()
+            assert [chunk.choices[0].text for chunk in short] == [" end"]
+            # This one would never end: its time over, it is ended on the server as well.
             with pytest.raises(openai.APIError):
-                list(stream)
+                list(endless)
         wait_for_text(mark, "cancelled")
 
         assert ending.process.wait(PATIENCE_S) == 0

@@ -29,6 +29,7 @@ from enginesmith.openai_front._generation import (
     question_from_completion,
 )
 from enginesmith.openai_front._http import (
+    REQUEST_ID,
     RequestIds,
     check_key,
     read_body,
@@ -55,9 +56,9 @@ def application(
     """The front of what ``client`` is connected to; ``templates`` by the name that Triton serves."""
     front = Front(client, settings, templates)
 
-    def post(path: str, body: type[Body], answer: Callable[[Body, str], Awaitable[Answer]]) -> Route:
-        async def ask(request: Request, content: bytes) -> Answer:
-            return await answer(_validated(body, content), request.state.request_id)
+    def post(path: str, body: type[Body], answer: Callable[[Body], Awaitable[Answer]]) -> Route:
+        async def ask(_request: Request, content: bytes) -> Answer:
+            return await answer(_validated(body, content))
 
         return Route(path, Endpoint(settings, ask, is_open=False), methods=["POST"])
 
@@ -116,13 +117,13 @@ class Front:
         async with self._explained():
             return await self._catalog.card(request.path_params["name"])
 
-    async def complete(self, body: CompletionRequest, request_id: str) -> Answer:
+    async def complete(self, body: CompletionRequest) -> Answer:
         """The texts that continue the prompts."""
         model = self._catalog.served_name(body.model)
-        question = question_from_completion(body, self._client, model=model, request_id=request_id)
+        question = question_from_completion(body, self._client, model=model, request_id=REQUEST_ID.get())
         return self._streamed(question) if body.stream else await self._answered(question)
 
-    async def chat(self, body: ChatRequest, request_id: str) -> Answer:
+    async def chat(self, body: ChatRequest) -> Answer:
         """The next message of the conversation."""
         model = self._catalog.served_name(body.model)
         question = question_from_chat(
@@ -131,11 +132,11 @@ class Front:
             model=model,
             template=self._templates.get(model),
             default_max_tokens=self._settings.default_max_tokens,
-            request_id=request_id,
+            request_id=REQUEST_ID.get(),
         )
         return self._streamed(question) if body.stream else await self._answered(question)
 
-    async def embed(self, body: EmbeddingRequest, _request_id: str) -> Document:
+    async def embed(self, body: EmbeddingRequest) -> Document:
         """A vector for each text."""
         async with self._explained(body.model):
             with self._room.taken(1):
@@ -166,7 +167,7 @@ class Front:
         except TritonClientError as error:
             api_error = api_error_from_client(error)
             if api_error.status >= 500:
-                _LOG.error("%d %s: %s", api_error.status, type(error).__name__, error)
+                _LOG.error("%s: %d %s: %s", REQUEST_ID.get(), api_error.status, type(error).__name__, error)
             # Callers know this front and nothing of what is behind it.
             for address in self._client.url.split(", "):
                 api_error.message = api_error.message.replace(address, "the model server")

@@ -11,6 +11,7 @@ import logging
 import re
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Sequence
+from contextvars import ContextVar
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -21,6 +22,8 @@ from enginesmith.openai_front._responses import Document, event, json_bytes
 from enginesmith.openai_front._together import ended
 
 _LOG = logging.getLogger("enginesmith.openai")
+REQUEST_ID: ContextVar[str] = ContextVar("request_id")
+"""Of the request that the current task works for."""
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")
 
 
@@ -37,7 +40,7 @@ class RequestIds:
         headers = dict(scope["headers"])
         sent = headers.get(b"x-request-id", b"").decode("latin-1")
         request_id = sent if _REQUEST_ID.fullmatch(sent) else f"req_{uuid.uuid4().hex}"
-        scope.setdefault("state", {})["request_id"] = request_id
+        REQUEST_ID.set(request_id)
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -139,4 +142,4 @@ async def send_events(send: Send, events: AsyncIterator[bytes], *, first: bytes,
             await send_body(event(error.body))
         await send_body(b"", more=False)
     except TimeoutError:
-        _LOG.warning("a caller took no event of its answer for %g s; it was given up", timeout_s)
+        _LOG.warning("%s: no event was taken for %g s; the caller is given up", REQUEST_ID.get(), timeout_s)

@@ -3,6 +3,7 @@
 ``say A B C``: A B C, at most ``max_tokens`` of them. ``inputs``: the JSON of what arrived. ``refuse``, ``full``, ``crash``:
 fails as INVALID_ARG, UNAVAILABLE, INTERNAL; ``break``: fails after a word. ``wait FILE``: says a word and waits until the
 request is cancelled; ``think FILE``: the same without the word. FILE says what became of it: waiting, cancelled.
+``hold FILE``: says a word, and another one when FILE is there.
 """
 
 import json
@@ -36,11 +37,15 @@ def _answer(request, sender):
     command, *words = prompt.split(" ")
     streams = inputs.get("stream", [False])[0]
     logprobs = inputs.get("return_log_probs", [False])[0]
-    if command in ("wait", "break") and streams:
+    if command in ("wait", "break", "hold") and streams:
         sender.send(_response(["word"], "", said=1, asked=len(words) + 1, logprobs=logprobs))
     if command in ("wait", "think"):
         _wait(request, Path(words[0]))
         _fail(sender, "CANCELLED")
+    elif command == "hold":
+        while not Path(words[0]).exists():
+            time.sleep(0.001)
+        sender.send(_response([" end"], "stop", said=2, asked=2, logprobs=logprobs), flags=_FINAL)
     elif command in _FAILURES:
         _fail(sender, _FAILURES[command])
     else:
@@ -69,7 +74,7 @@ def _wait(request, mark):
     mark.write_text("waiting")
     while not request.is_cancelled():
         time.sleep(0.001)
-    done = mark.with_suffix(".part")
+    done = mark.with_suffix(f".{threading.get_ident()}")
     done.write_text("cancelled")
     done.rename(mark)
 
