@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import math
 from collections import deque
 from typing import TYPE_CHECKING, Any
@@ -122,7 +123,8 @@ class _Wire:
         return await self._connected().request(
             http_call.method,
             yarl.URL(self.name + http_call.path, encoded=True),
-            data=http_call.body or None,
+            # As a file, because aiohttp warns of large bodies that are bytes.
+            data=io.BytesIO(http_call.body) if http_call.body else None,
             headers=dict(http_call.headers),
             timeout=self._aiohttp.ClientTimeout(deadline.remaining_s(), ceil_threshold=math.inf),
             allow_redirects=False,
