@@ -18,6 +18,7 @@ import click
 from enginesmith import (
     __version__,
     cli_build,
+    cli_client_stub,
     cli_demo,
     cli_doctor,
     cli_inspect,
@@ -90,6 +91,7 @@ _MODULES = (
     cli_build,
     cli_rehearse,
     cli_serve,
+    cli_client_stub,
     cli_demo,
     cli_doctor,
     cli_inspect,
