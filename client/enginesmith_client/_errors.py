@@ -7,6 +7,7 @@ a server becomes an error; both transports use it, so the same failure has the s
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -89,6 +90,17 @@ class Call:
     model: str | None = None
 
 
+# Models that enginesmith builds begin an error with the name of its status: tritonserver sends none with an error in a
+# stream, and HTTP has one status for several.
+_NAMED_STATUS = re.compile(r"\[([A-Z_]+)\] ")
+_NAMED_STATUSES: dict[str, Status] = {
+    "INVALID_ARG": "invalid_argument",
+    "UNAVAILABLE": "unavailable",
+    "CANCELLED": "cancelled",
+    "INTERNAL": "internal",
+}
+
+
 def error_from_status(
     status: Status, detail: str, *, call: Call, retry_after_s: float | None = None
 ) -> TritonClientError:
@@ -97,6 +109,9 @@ def error_from_status(
     ``retry_after_s`` is the server's own word on when to come back: ``Retry-After``, ``grpc-retry-pushback-ms``.
     """
     detail = detail.strip().removeprefix("[request id: <id_unknown>] ")
+    named = _NAMED_STATUS.match(detail)
+    if named and named[1] in _NAMED_STATUSES:
+        status, detail = _NAMED_STATUSES[named[1]], detail[named.end() :]
     if status == "unreachable":
         return connect_error(call.address, detail)
     if status == "broken":

@@ -22,7 +22,6 @@ from enginesmith_client._flow import run
 from enginesmith_client._grpc_messages import (
     COMPRESSIONS,
     RPCS,
-    STREAM_METADATA,
     channel_credentials,
     channel_options,
     error_from_rpc,
@@ -107,12 +106,11 @@ class _Wire:
 
     def open(self, request: InferRequest, deadline: Deadline) -> GrpcReplyStream:
         message = stream_message_from_request(request)
-        metadata = (*(self._metadata or ()), *STREAM_METADATA)
         call = self._call(Infer(request), deadline)
         number = self._stubs.take()
         try:
             answers = self._stubs.members[number].ModelStreamInfer(
-                iter((message,)), timeout=deadline.remaining_s(), metadata=metadata
+                iter((message,)), timeout=deadline.remaining_s(), metadata=self._metadata
             )
         except ValueError as error:
             self._stubs.give_back(number)

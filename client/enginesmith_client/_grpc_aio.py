@@ -17,7 +17,6 @@ from enginesmith_client._flow import run_async
 from enginesmith_client._grpc_messages import (
     COMPRESSIONS,
     RPCS,
-    STREAM_METADATA,
     channel_credentials,
     channel_options,
     error_from_rpc,
@@ -97,13 +96,12 @@ class _Wire:
         async def requests() -> AsyncIterator[Any]:
             yield message
 
-        metadata = (*(self._metadata or ()), *STREAM_METADATA)
         call = self._call(Infer(request), deadline)
         stubs = self._connected()
         number = stubs.take()
         try:
             answers = stubs.members[number].ModelStreamInfer(
-                requests(), timeout=deadline.remaining_s(), metadata=metadata
+                requests(), timeout=deadline.remaining_s(), metadata=self._metadata
             )
         except grpc.aio.UsageError as error:
             stubs.give_back(number)

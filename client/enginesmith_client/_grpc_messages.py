@@ -57,13 +57,22 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.keepalive_time_ms", 310_000),
     ("grpc.keepalive_timeout_ms", 20_000),
 )
-STREAM_METADATA = (("triton_grpc_error", "true"),)
-"""Makes Triton end a stream whose model fails with the gRPC status of the error; without it there is only a text.
-
-It ends the whole stream, so a stream must carry one request only. Source:
-https://github.com/triton-inference-server/server/blob/main/docs/customization_guide/inference_protocols.md"""
 _MAX_MESSAGE_BYTES = 2**31 - 1
-_QUEUE_FULL = "Exceeds maximum queue size"
+# tritonserver sends an error in a stream as a text without a status. (With the metadata triton_grpc_error it sends one,
+# but 2.51 then ends with SIGSEGV or SIGABRT when an error and a client's cancellation cross.) So the models that
+# enginesmith builds begin the text with the name of the status, which _errors reads; others are known by their words.
+_STREAM_TEXTS: tuple[tuple[str, Status], ...] = (
+    ("exceeds maximum queue size", "unavailable"),
+    ("request timeout expired", "deadline"),
+    ("inference input", "invalid_argument"),
+    ("unexpected shape", "invalid_argument"),
+    ("unexpected datatype", "invalid_argument"),
+    ("inputs but got", "invalid_argument"),
+    ("input byte size mismatch", "invalid_argument"),
+    ("unexpected total byte size", "invalid_argument"),
+    ("batch-size must be", "invalid_argument"),
+    ("unexpected inference output", "invalid_argument"),
+)
 
 _STATUSES: dict[grpc.StatusCode, Status] = {
     grpc.StatusCode.INVALID_ARGUMENT: "invalid_argument",
@@ -253,15 +262,17 @@ def reply_from_stream(answer: Any, call: Call) -> InferReply | None:
     Raises what the server says went wrong.
     """
     if answer.error_message:
-        # What a model says comes with a status (STREAM_METADATA). What has only a text was refused before the model saw it.
-        full = _QUEUE_FULL in answer.error_message
-        raise error_from_status(
-            "unavailable" if full else "invalid_argument", answer.error_message, call=call
-        )
+        raise error_from_status(status_from_text(answer.error_message), answer.error_message, call=call)
     reply = answer.infer_response
     if is_final(reply) and not reply.outputs:
         return None
     return reply_from_message(reply)
+
+
+def status_from_text(text: str) -> Status:
+    """What the error text of a stream stands for where it does not begin with the name of a status."""
+    lower = text.lower()
+    return next((status for words, status in _STREAM_TEXTS if words in lower), "internal")
 
 
 def message_from_request(

@@ -19,7 +19,7 @@ _LONGEST_WAIT = 64
 class AnswerText:
     """Turns tokens that arrive one by one into pieces of text that never have to be taken back.
 
-    The pieces together are the text of all tokens up to the first of ``stops``, which itself is left out.
+    The pieces together are the text of all tokens up to the one of ``stops`` that is complete first, which is left out.
     """
 
     def __init__(self, decode: Decode, stops: Sequence[str] = ()) -> None:
@@ -64,10 +64,11 @@ class AnswerText:
         if self.stopped or not self._stops:
             return "" if self.stopped else piece
         text, self._held = self._held + piece, ""
-        found = [place for stop in self._stops if (place := text.find(stop)) >= 0]
+        # The first to be complete, so that the answer does not depend on where its tokens begin.
+        found = [(place + len(stop), place) for stop in self._stops if (place := text.find(stop)) >= 0]
         if found:
             self.stopped = True
-            return text[: min(found)]
+            return text[: min(found)[1]]
         keep = 0 if last else max(_overlap(text, stop) for stop in self._stops)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]

@@ -179,9 +179,13 @@ def _utf8(value: bytes | str, name: str) -> str:
         raise ValueError(f"{name} is not valid UTF-8: {error.reason} at byte {error.start}") from error
 
 
-def error_response(message: str, code: Any) -> Any:
-    """A refusal or a failure; ``code`` is one of ``pb_utils.TritonError``."""
-    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))
+def error_response(message: str, code: str) -> Any:
+    """A refusal or a failure; ``code`` is the name of one in ``pb_utils.TritonError``.
+
+    The message begins with the name, because tritonserver sends no code with an error in a stream.
+    """
+    error = pb_utils.TritonError(f"[{code}] {message}", getattr(pb_utils.TritonError, code))
+    return pb_utils.InferenceResponse(error=error)
 
 
 def response(asked: Asked, updates: Sequence[Update], text: Text, tokens_per_block: int) -> Any:

@@ -30,7 +30,7 @@ _CODES: Mapping[Failure, str] = {
     "cancelled": "CANCELLED",
     "internal": "INTERNAL",
 }
-"""Names in ``pb_utils.TritonError``, which is there only once the model is imported."""
+"""Names in ``pb_utils.TritonError``."""
 
 
 @dataclass(eq=False)
@@ -84,12 +84,12 @@ class TritonPythonModel:
             try:
                 self._start(sender, read_request(request, self._text, self._limits))
             except ValueError as error:
-                _send(sender, error_response(str(error), _code("invalid")))
+                _send(sender, error_response(str(error), _CODES["invalid"]))
             except RefusedError as error:
-                _send(sender, error_response(str(error), _code("busy")))
+                _send(sender, error_response(str(error), _CODES["busy"]))
             except Exception as error:  # noqa: BLE001 - the boundary of a request: no other may be hurt.
                 message = f"the request could not be read: {type(error).__name__}: {error}"
-                _send(sender, error_response(message, _code("internal")))
+                _send(sender, error_response(message, _CODES["internal"]))
 
     def finalize(self) -> None:
         """End what is running, then the threads."""
@@ -135,11 +135,11 @@ class TritonPythonModel:
             self._pass_on(request, update)
         except Exception as error:  # noqa: BLE001 - the boundary of a request: no other may be hurt.
             message = f"the response could not be made: {type(error).__name__}: {error}"
-            self._close(request, error_response(message, _code("internal")))
+            self._close(request, error_response(message, _CODES["internal"]))
 
     def _pass_on(self, request: Request, update: Update) -> None:
         if update.failure is not None:
-            self._close(request, error_response(update.message, _code(update.failure)))
+            self._close(request, error_response(update.message, _CODES[update.failure]))
         elif not update.last:
             request.sender.send(self._response(request.asked, [update]))
         else:
@@ -198,10 +198,6 @@ class Metrics:
             if difference := getattr(load, name) - getattr(self._shown, name):
                 metric.increment(difference)
         self._shown = load
-
-
-def _code(failure: Failure) -> Any:
-    return getattr(pb_utils.TritonError, _CODES[failure])
 
 
 def _send(sender: Any, last: Any) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
+_ERRORS = ("INVALID_ARG", "UNAVAILABLE", "CANCELLED", "INTERNAL")
 _FLAGS = ("return_finish_reason", "return_stop_reason", "return_cumulative_logprob")
 
 
@@ -176,8 +177,12 @@ def final_response(text: str, asked: Asked, answered: Answered) -> Any:
 
 
 def error_response(message: str, code: int) -> Any:
-    """A refusal or a failure; ``code`` is one of ``pb_utils.TritonError``."""
-    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))
+    """A refusal or a failure; ``code`` is one of ``pb_utils.TritonError``.
+
+    The message begins with the code's name, because tritonserver sends no code with an error in a stream.
+    """
+    name = next(name for name in _ERRORS if getattr(pb_utils.TritonError, name) == code)
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(f"[{name}] {message}", code))
 
 
 def _strings(name: str, value: str) -> Any:

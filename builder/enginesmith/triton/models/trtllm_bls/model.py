@@ -30,6 +30,8 @@ from bls_tensors import (
 from text_pieces import RefusedError, StopText, TokenWindow, read_parameters, utf8
 
 _FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+_ERRORS = ("INVALID_ARG", "UNAVAILABLE", "CANCELLED", "INTERNAL")
+"""Names in ``pb_utils.TritonError``."""
 
 
 class PartError(Exception):
@@ -223,8 +225,13 @@ class _Request:
             return not self._ended and bool(self._sender.is_cancelled())
 
     def fail(self, message: str, code: int) -> None:
-        """Send an error as the last response."""
-        self._end(pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code)))
+        """Send an error as the last response.
+
+        Its text begins with the code's name, because tritonserver sends no code with an error in a stream.
+        """
+        names = [name for name in _ERRORS if getattr(pb_utils.TritonError, name) == code]
+        text = f"[{names[0]}] {message}" if names else message
+        self._end(pb_utils.InferenceResponse(error=pb_utils.TritonError(text, code)))
 
     def end(self) -> None:
         """Nothing more comes."""
