@@ -26,6 +26,28 @@ class TritonPythonModel:
         answer = json.dumps({"text": text, "batch": batch, "inputs": seen, "parameters": json.loads(request.parameters())})
         return triton.InferenceResponse([triton.Tensor("text_output", numpy.array([[answer.encode()]], dtype=object))])
 '''
+PIECES = '''
+import numpy
+import triton_python_backend_utils as triton
+
+
+class TritonPythonModel:
+    """Answers with as many pieces as max_tokens says, and refuses the text "boom"."""
+
+    def execute(self, requests):
+        for request in requests:
+            sender = request.get_response_sender()
+            given = {tensor.name(): tensor.as_numpy()[0, 0] for tensor in request.inputs()}
+            if given["text_input"] == b"boom":
+                error = triton.InferenceResponse(error=triton.TritonError("boom, as asked"))
+                sender.send(error, flags=triton.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+                continue
+            count = int(given["max_tokens"])
+            for number in range(1, count + 1):
+                piece = triton.Tensor("text_output", numpy.array([[str(number).encode()]], dtype=object))
+                flags = triton.TRITONSERVER_RESPONSE_COMPLETE_FINAL if number == count else 0
+                sender.send(triton.InferenceResponse([piece]), flags=flags)
+'''
 MISSING_IMPORT = "import a_module_that_nobody_has\n"
 ENDS_THE_PROCESS = """
 import os
@@ -50,6 +72,7 @@ def write_model(
     *,
     batching: DynamicBatching | None = None,
     inputs: Sequence[Tensor] = LLM_INPUTS,
+    decoupled: bool = False,
 ) -> Path:
     """A model directory in ``repository``; returns it."""
     version = repository / name / "1"
@@ -61,6 +84,7 @@ def write_model(
         outputs=(Tensor("text_output", "TYPE_STRING"),),
         max_batch_size=8,
         dynamic_batching=batching,
+        decoupled=decoupled,
     )
     (version.parent / "config.pbtxt").write_text(config_text(config))
     return version.parent

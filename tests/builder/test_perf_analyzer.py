@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from echo_models import ECHO, write_model
+from echo_models import ECHO, PIECES, write_model
 
 from enginesmith.errors import OperatorError, ToolchainError
 from enginesmith.spec_part import DynamicBatching
@@ -27,6 +27,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
         ECHO.replace(marker, BOOM + marker),
         batching=DynamicBatching(max_queue_delay_us=100),
     )
+    write_model(repository, "pieces", PIECES, decoupled=True)
     with TritonServer(repository) as instance:
         instance.wait_ready()
         yield instance
@@ -43,6 +44,51 @@ def test_a_counted_measurement_is_read_back_whole(tmp_path: Path, server: Triton
     # Four are in flight at all times but the last, so Little's law ties the two figures together.
     assert result.throughput_per_s == pytest.approx(4 / (result.avg_us * 1e-6), rel=0.25)
     assert result.csv_path.read_text().startswith("Concurrency,Inferences/Second")
+
+
+@pytest.mark.server
+def test_a_decoupled_model_is_measured_over_streams(tmp_path: Path, server: TritonServer) -> None:
+    result = run_perf_analyzer(
+        "pieces",
+        [{"text_input": ["a"], "max_tokens": [5]}],
+        grpc_url=server.grpc_url,
+        concurrency=4,
+        out_dir=tmp_path,
+        request_count=200,
+        streaming=True,
+    )
+    assert result.stream is not None
+    assert result.stream.responses_per_s == pytest.approx(5 * result.throughput_per_s)
+    assert 0 < result.stream.first_response_p50_us <= result.stream.first_response_p99_us
+    assert result.stream.first_response_p50_us < result.p50_us, "latencies are those of whole answers"
+    assert result.throughput_per_s == pytest.approx(4 / (result.avg_us * 1e-6), rel=0.25)
+
+
+@pytest.mark.server
+def test_streams_that_fail_are_an_error_with_the_servers_words(tmp_path: Path, server: TritonServer) -> None:
+    with pytest.raises(OperatorError, match=r"(?s)could not measure pieces.*boom, as asked"):
+        run_perf_analyzer(
+            "pieces",
+            [{"text_input": ["boom"], "max_tokens": [1]}],
+            grpc_url=server.grpc_url,
+            concurrency=1,
+            out_dir=tmp_path,
+            request_count=5,
+            streaming=True,
+        )
+
+
+@pytest.mark.server
+def test_a_decoupled_model_takes_no_single_requests(tmp_path: Path, server: TritonServer) -> None:
+    with pytest.raises(OperatorError, match=r"(?s)could not measure pieces.*Decoupled models must be run with"):
+        run_perf_analyzer(
+            "pieces",
+            [{"text_input": ["a"], "max_tokens": [5]}],
+            grpc_url=server.grpc_url,
+            concurrency=1,
+            out_dir=tmp_path,
+            request_count=5,
+        )
 
 
 @pytest.mark.server

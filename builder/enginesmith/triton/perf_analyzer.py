@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -17,7 +18,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from enginesmith.errors import OperatorError, ToolchainError
@@ -80,6 +81,19 @@ class PerfResult:
     p99_us: float
     csv_path: Path
     """perf_analyzer's own report, with the server's queue and compute times."""
+    stream: StreamFigures | None = None
+    """Of a measurement over streams, whose latencies above are those of whole answers."""
+
+
+@dataclass(frozen=True)
+class StreamFigures:
+    """What the responses of streams have besides."""
+
+    responses_per_s: float
+    """From the first request to the last response; empty final responses are not counted."""
+    first_response_p50_us: float
+    """From the request to the first response: of a language model that streams, the time to first token."""
+    first_response_p99_us: float
 
 
 def find_perf_analyzer() -> PerfAnalyzer:
@@ -114,6 +128,7 @@ def run_perf_analyzer(
     out_dir: Path,
     batch_size: int = 1,
     request_count: int | None = None,
+    streaming: bool = False,
     window_s: float = 5.0,
     stability_percent: float = 10.0,
     max_windows: int = 10,
@@ -128,6 +143,7 @@ def run_perf_analyzer(
         out_dir: where the files that perf_analyzer reads and writes are kept.
         request_count: send exactly so many requests. Default: windows of ``window_s`` until three in a row agree
             within ``stability_percent``, at most ``max_windows``.
+        streaming: over gRPC streams, the only way to a decoupled model.
 
     Raises:
         OperatorError: a request failed, or the measurement did not become stable.
@@ -142,14 +158,17 @@ def run_perf_analyzer(
     command = [str(tool.executable), "-m", model, "-u", grpc_url, "-i", "grpc", "--input-data", str(data)]
     command += ["--concurrency-range", str(concurrency), "-f", str(report), "--verbose-csv"]
     command += ["--profile-export-file", str(export), "-b", str(batch_size)]
+    command += ["--streaming"] if streaming else []
     if request_count is not None:
         command += ["--request-count", str(request_count)]
     else:
         command += ["--measurement-interval", str(round(window_s * 1000)), "--max-trials", str(max_windows)]
         command += ["--stability-percentage", str(stability_percent)]
     _run(command, tool, model=model, timeout_s=timeout_s)
-    counted = None if request_count is None else _counted_throughput(export) * batch_size
-    return _result(report, concurrency, counted)
+    requests = _requests(export)
+    counted = None if request_count is None else len(requests) / _span_s(requests) * batch_size
+    result = _result(report, concurrency, counted)
+    return replace(result, stream=_stream_figures(requests)) if streaming else result
 
 
 def _row(request: Mapping[str, Sequence[Value]]) -> dict[str, object]:
@@ -201,17 +220,36 @@ def _result(report: Path, concurrency: int, counted_throughput_per_s: float | No
     )
 
 
-def _counted_throughput(export: Path) -> float:
-    """Requests over the time from the first one sent to the last answer.
+@dataclass(frozen=True)
+class _Request:
+    """When a request was sent, and when its responses came."""
+
+    sent_ns: int
+    answered_ns: tuple[int, ...]
+
+
+def _requests(export: Path) -> list[_Request]:
+    (experiment,) = json.loads(export.read_text(encoding="utf-8"))["experiments"]
+    return [_Request(one["timestamp"], tuple(one["response_timestamps"])) for one in experiment["requests"]]
+
+
+def _span_s(requests: Sequence[_Request]) -> float:
+    """The time from the first request sent to the last response.
 
     With a fixed request count perf_analyzer 2.51 divides by a window that is rounded up to whole seconds: it
     reports 200/s for 200 requests that took 0.16 s.
     """
-    (experiment,) = json.loads(export.read_text(encoding="utf-8"))["experiments"]
-    requests = experiment["requests"]
-    first_ns = min(request["timestamp"] for request in requests)
-    last_ns = max(request["response_timestamps"][-1] for request in requests)
-    return len(requests) * 1e9 / float(last_ns - first_ns)
+    last_ns = max(request.answered_ns[-1] for request in requests)
+    return (last_ns - min(request.sent_ns for request in requests)) / 1e9
+
+
+def _stream_figures(requests: Sequence[_Request]) -> StreamFigures:
+    waits_us = sorted((request.answered_ns[0] - request.sent_ns) / 1e3 for request in requests)
+    return StreamFigures(
+        responses_per_s=sum(len(request.answered_ns) for request in requests) / _span_s(requests),
+        first_response_p50_us=waits_us[math.ceil(0.5 * len(waits_us)) - 1],
+        first_response_p99_us=waits_us[math.ceil(0.99 * len(waits_us)) - 1],
+    )
 
 
 def _require_running(tool: PerfAnalyzer) -> PerfAnalyzer:
