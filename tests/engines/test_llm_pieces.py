@@ -48,8 +48,8 @@ def test_pieces_of_any_tokens_are_what_all_of_them_decode_to(text: Text, tokens:
 )
 def test_stop_word_and_what_follows_are_never_shown(text: Text, written: str, stops: list[str]) -> None:
     shown = "".join(pieces_of(text, text.encode(written), tuple(stops)))
-    ends = [written.find(stop) for stop in stops if stop in written]
-    assert shown == written[: min(ends, default=len(written))]
+    found = [(written.find(stop) + len(stop), written.find(stop)) for stop in stops if stop in written]
+    assert shown == written[: min(found, default=(0, len(written)))[1]]
 
 
 def test_beginning_of_a_stop_word_is_held_back_until_it_is_none(text: Text) -> None:
