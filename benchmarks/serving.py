@@ -1,9 +1,9 @@
 """Throughput through a real tritonserver, measured with perf_analyzer, beside the raw runtime.
 
 Each variant is served alone from the published repository. A round measures, one after the other: the server with one
-request in flight, the runtime with the same prompts one at a time, the server with 16 in flight, the runtime with the
-same prompts in batches of 16. Answers are greedy and equally long, so tokens per second follow from requests per
-second; both sides include prefill and every token of the answer.
+stream in flight, the runtime with the same prompts one at a time, the server with 16 streams in flight, the runtime with
+the same prompts, 16 slots. Answers are greedy and equally long, so tokens per second follow from requests per second; both
+sides include prefill and every token of the answer. Every token is a response of its own.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ import argparse
 import sys
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,8 +88,8 @@ class Round:
 
     served: Mapping[int, float]
     runtime: Mapping[int, float]
-    executions: Mapping[int, int]
-    """Executions at the larger concurrency, by the batch size that the dynamic batcher formed."""
+    first_token_ms: Mapping[int, float]
+    """Median time from the request to the first token through the server."""
 
 
 def measure(project: Project) -> Outcome:
@@ -149,14 +148,11 @@ class _Bench:
         rounds = []
         for number in range(1, self._settings.rounds + 1):
             say(f"{self._model}: round {number}/{self._settings.rounds}")
-            served, runtime = {}, {}
-            executions: Counter[int] = Counter()
+            served, runtime, first_token_ms = {}, {}, {}
             for concurrency in CONCURRENCIES:
-                before = self._executions()
-                served[concurrency] = self._serve(concurrency)
-                executions = self._executions() - before
+                served[concurrency], first_token_ms[concurrency] = self._serve(concurrency)
                 runtime[concurrency] = self._run(concurrency)
-            rounds.append(Round(served, runtime, executions))
+            rounds.append(Round(served, runtime, first_token_ms))
         return rounds
 
     def _lasting_prompts(self) -> list[str]:
@@ -182,19 +178,21 @@ class _Bench:
             )
         return lasting
 
-    def _serve(self, concurrency: int) -> float:
-        """Answer tokens per second through the server."""
+    def _serve(self, concurrency: int) -> tuple[float, float]:
+        """Answer tokens per second through the server, and the median time to the first in milliseconds."""
         tokens = self._settings.answer_tokens
         result = run_perf_analyzer(
             self._model,
-            [{"text_input": [prompt], "max_tokens": [tokens]} for prompt in self.prompts],
+            [{"text_input": [prompt], "max_tokens": [tokens], "stream": [True]} for prompt in self.prompts],
             grpc_url=self._grpc_url,
             concurrency=concurrency,
             out_dir=self._directory,
             request_count=self._settings.requests(concurrency),
+            streaming=True,
             tool=self._tool,
         )
-        return result.throughput_per_s * tokens
+        assert result.stream is not None, "it was measured over streams"
+        return result.throughput_per_s * tokens, result.stream.first_response_p50_us / 1000
 
     def _run(self, batch: int) -> float:
         """Answer tokens per second of the runtime, for the requests that perf_analyzer sends."""
@@ -207,11 +205,6 @@ class _Bench:
             produced += sum(len(generation.tokens) for generation in generations)
         return produced / (time.perf_counter() - started_s)
 
-    def _executions(self) -> Counter[int]:
-        """How often the model ran since it was loaded, by batch size."""
-        (statistics,) = self._client.statistics(self._model)
-        return Counter({batch.batch_size: batch.compute_infer.count for batch in statistics.batches})
-
 
 def _figures(rounds: Sequence[Round], prompts: Sequence[str]) -> dict[str, Any]:
     small, large = CONCURRENCIES
@@ -223,21 +216,10 @@ def _figures(rounds: Sequence[Round], prompts: Sequence[str]) -> dict[str, Any]:
         "runtime_tokens_per_s": {str(at): spread_of(speeds) for at, speeds in runtime.items()},
         "batching_gain": spread_of_ratios(served[large], served[small]),
         "share_of_runtime": {str(at): spread_of_ratios(served[at], runtime[at]) for at in CONCURRENCIES},
-        "mean_batch": spread_of([_mean_batch(one.executions) for one in rounds]),
-        "executions_by_batch": _total(one.executions for one in rounds),
+        "first_token_ms": {
+            str(at): spread_of([one.first_token_ms[at] for one in rounds]) for at in CONCURRENCIES
+        },
     }
-
-
-def _mean_batch(executions: Mapping[int, int]) -> float:
-    return sum(size * count for size, count in executions.items()) / sum(executions.values())
-
-
-def _total(parts: Iterable[Mapping[int, int]]) -> dict[str, int]:
-    """The sum of all ``parts``, by batch size."""
-    total: Counter[int] = Counter()
-    for part in parts:
-        total.update(part)
-    return {str(size): count for size, count in sorted(total.items())}
 
 
 def _bars(variant: str, figures: Mapping[str, Any]) -> list[Bar]:
@@ -264,7 +246,7 @@ def _show(figures: Mapping[str, Any]) -> None:
     headings = ["variant"]
     for at in CONCURRENCIES:
         headings += [f"served x{at}", f"runtime x{at}", "share"]
-    headings += ["gain", "mean batch"]
+    headings += ["gain", *(f"first token x{at}" for at in CONCURRENCIES)]
     rows = []
     for name, figure in figures.items():
         row = [name]
@@ -275,7 +257,8 @@ def _show(figures: Mapping[str, Any]) -> None:
                 f"{runtime.median:.1f}",
                 f"{figure['share_of_runtime'][key].median:.0%}",
             ]
-        rows.append([*row, str(figure["batching_gain"]), f"{figure['mean_batch'].median:.1f}"])
+        waits = [f"{figure['first_token_ms'][str(at)].median:.0f} ms" for at in CONCURRENCIES]
+        rows.append([*row, str(figure["batching_gain"]), *waits])
     print_table("answer tokens per second through tritonserver: medians", headings, rows)
 
 
