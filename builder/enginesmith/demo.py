@@ -46,12 +46,12 @@ class Served:
     """Answer tokens per second with one request at a time."""
     tokens_per_s_batched: float
     """Answer tokens per second with ``CONCURRENCY`` requests at a time."""
-    mean_batch: float
-    """Requests per execution that the dynamic batcher formed under that load."""
+    first_token_ms: float
+    """From the question to the first piece of the answer, with nothing else running."""
 
     @property
     def batching_gain(self) -> float:
-        """How many times more tokens per second the batcher makes of concurrent requests."""
+        """How many times more tokens per second concurrent requests get together than one alone."""
         return self.tokens_per_s_batched / self.tokens_per_s_single
 
 
@@ -63,14 +63,24 @@ def measure_served(client: Client, models: Sequence[str], *, on_progress: Progre
     """
     for index, model in enumerate(models):
         on_progress(index / len(models), f"asking {model}")
-        answer = client.generate(model, QUESTION, max_tokens=ANSWER_TOKENS, chat=True).text
+        answer, first_token_ms = _streamed(client, model)
         on_progress((index + 0.3) / len(models), f"{model}: one request at a time")
         single = _tokens_per_s(client, model, requests=_SINGLE_REQUESTS, concurrency=1)
         on_progress((index + 0.6) / len(models), f"{model}: {CONCURRENCY} requests at a time")
-        before = _executions(client, model)
         batched = _tokens_per_s(client, model, requests=_BATCHED_REQUESTS, concurrency=CONCURRENCY)
-        formed = _BATCHED_REQUESTS / max(1, _executions(client, model) - before)
-        yield Served(model, answer, single, batched, formed)
+        yield Served(model, answer, single, batched, first_token_ms)
+
+
+def _streamed(client: Client, model: str) -> tuple[str, float]:
+    """The answer to ``QUESTION``, and the milliseconds to its first piece."""
+    pieces: list[str] = []
+    first_s = 0.0
+    started_s = time.perf_counter()
+    with client.stream(model, QUESTION, max_tokens=ANSWER_TOKENS, chat=True) as stream:
+        for delta in stream:
+            first_s = first_s or time.perf_counter() - started_s
+            pieces.append(delta.text)
+    return "".join(pieces), first_s * 1000
 
 
 def _tokens_per_s(client: Client, model: str, *, requests: int, concurrency: int) -> float:
@@ -89,11 +99,6 @@ def _tokens_per_s(client: Client, model: str, *, requests: int, concurrency: int
     return tokens / elapsed_s
 
 
-def _executions(client: Client, model: str) -> int:
-    """How often the model has run a batch."""
-    return sum(version.execution_count for version in client.statistics(model))
-
-
 def comparison_table(reports: Sequence[LlmVariantReport], served: Sequence[Served]) -> Table:
     """One row per variant: what it gained and what it lost, all measured."""
     from rich.table import Table
@@ -108,7 +113,7 @@ def comparison_table(reports: Sequence[LlmVariantReport], served: Sequence[Serve
         "tokens/s x1",
         f"tokens/s x{CONCURRENCY}",
         "batching gain",
-        "mean batch",
+        "first token ms",
         "perplexity",
         "top-1 agreement",
     )
@@ -124,7 +129,7 @@ def comparison_table(reports: Sequence[LlmVariantReport], served: Sequence[Serve
             f"{one.tokens_per_s_single:.1f}",
             f"{one.tokens_per_s_batched:.1f}",
             f"{one.batching_gain:.2f}x",
-            f"{one.mean_batch:.1f}",
+            f"{one.first_token_ms:.0f}",
             _shown(report.perplexity, ".2f"),
             _shown(report.top1_agreement, ".1%"),
         )
