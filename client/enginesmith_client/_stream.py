@@ -7,6 +7,7 @@ dropped or cancelled before its end. Knows nothing of tensors; ``_calls`` opens 
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from types import TracebackType
@@ -228,6 +229,12 @@ class _AsyncStream(Generic[Item], AsyncIterator[Item]):
                 item: Item = reading.read_item(reply)
                 return item
             reading.end()
+        except asyncio.CancelledError:
+            if reading.closed and not _is_cancelled():
+                # gRPC's way to tell the reader of a stream that another task has closed it.
+                reading.check_open()
+            await self.close()
+            raise
         except BaseException:
             await self.close()
             raise
@@ -252,6 +259,12 @@ class AsyncTextStream(_AsyncStream[TextDelta]):
 
 class AsyncResultStream(_AsyncStream[InferResult]):
     """``ResultStream`` for tasks."""
+
+
+def _is_cancelled() -> bool:
+    """Whether somebody cancelled the current task, as far as Python tells (before 3.11 it does not)."""
+    task = asyncio.current_task()
+    return task is not None and sys.version_info >= (3, 11) and task.cancelling() > 0
 
 
 def _close_soon(loop: asyncio.AbstractEventLoop, stream: Any) -> None:
