@@ -88,8 +88,9 @@ def http_from_operation(operation: Operation) -> HttpCall:
         body = json.dumps({"parameters": {"unload_dependents": operation.dependents}}).encode()
         return HttpCall("POST", f"/v2/repository{model_path(operation.model, '')[3:]}/unload", body)
     if isinstance(operation, RegisterMemory):
-        body = json.dumps({"key": f"/{operation.name}", "offset": 0, "byte_size": operation.size_bytes})
-        return HttpCall("POST", f"/v2/systemsharedmemory/region/{operation.name}/register", body.encode())
+        place = {"key": f"/{operation.name}", "offset": 0, "byte_size": operation.size_bytes}
+        path = f"/v2/systemsharedmemory/region/{operation.name}/register"
+        return HttpCall("POST", path, json.dumps(place).encode())
     if isinstance(operation, UnregisterMemory):
         return HttpCall("POST", f"/v2/systemsharedmemory/region/{operation.name}/unregister")
     if isinstance(operation, ReadStatistics) and not operation.model:

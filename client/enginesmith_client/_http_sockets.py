@@ -75,7 +75,9 @@ class Connection(http.client.HTTPConnection):
         self.deadline = deadline
         if self.sock is None:
             self.connect()
-        self.sock.deadline = deadline
+        sock = self.sock
+        assert isinstance(sock, _Limited)
+        sock.deadline = deadline
 
     def abort(self) -> None:
         """End the connection for whoever waits on it, in any thread."""
