@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -97,20 +98,34 @@ def test_unknown_model_is_answered_with_the_nearest_name(built: Built, served: S
     asked.assert_one_error(1, "tiny-int4-aqw", "did you mean 'tiny-int4-awq'?")
 
 
-@pytest.mark.parametrize("protocol", ["grpc", "http"])
-def test_prompt_that_is_not_utf8_is_refused_and_hurts_nobody(served: Served, protocol: str) -> None:
-    with Client(served.grpc_url if protocol == "grpc" else served.http_url, timeout_s=60) as client:
+def test_prompt_that_is_not_utf8_is_refused_and_hurts_nobody(served: Served) -> None:
+    with Client(served.grpc_url, timeout_s=60) as client:
         prompt: np.ndarray[tuple[int, ...], np.dtype[np.object_]] = np.array([[b"caf\xe9"]], dtype=object)
         with pytest.raises(
             InvalidInput, match="text_input is not valid UTF-8: unexpected end of data at byte 3"
         ):
-            client.infer("tiny-bf16", {"text_input": prompt})
+            list(client.infer_stream("tiny-bf16", {"text_input": prompt}))
         assert client.generate("tiny-bf16", "Once upon a time", max_tokens=2).output_tokens
 
 
-def test_one_seed_gives_one_answer(
-    served: Served,
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+def test_pieces_of_a_stream_are_the_answer_and_streams_run_beside_each_other(
+    served: Served, protocol: str
 ) -> None:
+    url = served.grpc_url if protocol == "grpc" else served.http_url
+    with Client(url, timeout_s=60) as client:
+        whole = client.generate("tiny-bf16", "Once upon a time", max_tokens=12)
+
+        def pieces(_: int) -> list[str]:
+            return [delta.text for delta in client.stream("tiny-bf16", "Once upon a time", max_tokens=12)]
+
+        with ThreadPoolExecutor(6) as pool:  # More than the model has slots.
+            answers = list(pool.map(pieces, range(6)))
+    assert all(len(answer) > 1 for answer in answers)
+    assert {"".join(answer) for answer in answers} == {whole.text}
+
+
+def test_one_seed_gives_one_answer(served: Served) -> None:
     with Client(served.grpc_url, timeout_s=60) as client:
         options = {"max_tokens": 8, "temperature": 0.9, "seed": 11}
         first, second = (client.generate("tiny-bf16", "Once upon", **options).text for _ in range(2))

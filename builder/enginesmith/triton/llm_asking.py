@@ -4,7 +4,7 @@ tritonserver takes requests to decoupled models over ``ModelStreamInfer`` only (
 request here is a stream of its own: it is written, the client's side is closed, and the responses are read to their end.
 
 An error in a stream is a message without a status. The metadata ``triton_grpc_error``, which asks for one, is not sent:
-tritonserver 2.51 ends with SIGSEGV after some refused requests that carry it. HTTP has statuses.
+tritonserver 2.51 ends with SIGSEGV after some refused requests that carry it.
 """
 
 from __future__ import annotations
