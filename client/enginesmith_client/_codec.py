@@ -4,13 +4,16 @@ Pure: knows no transport and no model. Both transports carry the same bytes (``r
 binary tensor data in HTTP), so one codec serves both.
 
 BF16 has no numpy type. It is given back as float32, which holds every bfloat16 exactly, and taken as
-float32 (rounded to nearest even) or as an array of ``ml_dtypes.bfloat16`` (bit for bit).
+float32 (rounded to nearest even) or as an array of ``ml_dtypes.bfloat16`` (bit for bit). FP8 has no datatype in
+Triton: models take and give it as UINT8, so arrays of ``ml_dtypes`` FP8 are sent as the bytes that they are, and an
+output is turned back with ``array.view(ml_dtypes.float8_e4m3fn)``.
 
 Format: https://github.com/triton-inference-server/server/blob/main/docs/protocol/extension_binary_data.md
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import struct
 from collections.abc import Sequence
@@ -39,11 +42,15 @@ NUMPY_TYPES: dict[str, str] = {
 }
 """The numpy type of each datatype that numpy has; BYTES and BF16 are treated apart."""
 
+FP8_TYPES = frozenset({"float8_e4m3fn", "float8_e5m2"})
+"""The types of ``ml_dtypes`` that go as they are into UINT8 inputs: Triton has no datatype for FP8."""
+
 _DATATYPES = {np.dtype(code): datatype for datatype, code in NUMPY_TYPES.items()}
 _TEXT_KINDS = "OSUT"
 """numpy's kinds of object, bytes and text arrays."""
 
 
+@functools.lru_cache(maxsize=256)
 def datatype_from_dtype(dtype: np.dtype[Any]) -> str | None:
     """The Triton datatype that carries arrays of ``dtype``, or None when there is none."""
     if dtype.kind in _TEXT_KINDS:
@@ -53,9 +60,14 @@ def datatype_from_dtype(dtype: np.dtype[Any]) -> str | None:
     return _DATATYPES.get(dtype.newbyteorder("<") if dtype.byteorder == ">" else dtype)
 
 
+@functools.lru_cache(maxsize=256)
 def accepts(datatype: str, dtype: np.dtype[Any]) -> bool:
     """Whether arrays of ``dtype`` may be sent as ``datatype``."""
-    return datatype_from_dtype(dtype) == datatype or (datatype == "BF16" and dtype == np.float32)
+    return (
+        datatype_from_dtype(dtype) == datatype
+        or (datatype == "BF16" and dtype == np.float32)
+        or (datatype == "UINT8" and dtype.name in FP8_TYPES)
+    )
 
 
 def bytes_from_array(array: Array, datatype: str) -> bytes:
@@ -71,6 +83,8 @@ def bytes_from_array(array: Array, datatype: str) -> bytes:
     if datatype == "BF16":
         bits = _bfloat16_bits(array) if array.dtype == np.float32 else array.view(np.uint16)
         return bits.astype("<u2", copy=False).tobytes()
+    if datatype == "UINT8":
+        return array.tobytes()
     return array.astype(NUMPY_TYPES[datatype], copy=False).tobytes()
 
 

@@ -112,3 +112,30 @@ def test_dtypes_have_the_datatype_that_carries_them(dtype: str, datatype: str | 
 def test_a_dtype_that_does_not_fit_is_not_converted_silently() -> None:
     with pytest.raises(InvalidInput, match="float64 cannot be sent as FP32"):
         bytes_from_array(np.zeros(1), "FP32")
+
+
+@pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2"])
+def test_fp8_goes_into_uint8_tensors_bit_for_bit(name: str) -> None:
+    patterns = np.arange(256, dtype=np.uint8)
+    array = patterns.view(getattr(ml_dtypes, name))
+    assert bytes_from_array(array, "UINT8") == patterns.tobytes()
+    assert datatype_from_dtype(array.dtype) is None
+    with pytest.raises(InvalidInput, match=f"{name} cannot be sent as INT8"):
+        bytes_from_array(array, "INT8")
+
+
+@given(npst.arrays(np.float16, SHAPES))
+def test_float16_with_nan_and_infinity_is_sent_bit_for_bit(array: np.ndarray) -> None:
+    back = array_from_bytes(bytes_from_array(array, "FP16"), "FP16", array.shape)
+    assert back.tobytes() == array.tobytes()
+
+
+def test_elements_of_10_mb_with_every_byte_survive_the_round_trip() -> None:
+    element = bytes(range(256)) * 40_000
+    array = np.array([element, b"", b"\0", element], dtype=np.object_)
+    assert array_from_bytes(bytes_from_array(array, "BYTES"), "BYTES", (4,)).tolist() == [
+        element,
+        b"",
+        b"\0",
+        element,
+    ]
