@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -226,8 +227,8 @@ def test_threads_that_wait_are_served_in_the_order_in_which_they_came() -> None:
             thread.start()
             threads.append(thread)
             # The next one comes when this one has its place, or has gone through already.
-            while not any(ticket.admitted is False for ticket in limit._waiting) and thread.is_alive():
-                pass
+            while len(server.requests) + len(limit._waiting) < number + 2:
+                time.sleep(0.001)
         for thread in threads:
             thread.join()
     prompts = [request.inputs["text_input"].item().decode() for request in server.requests]

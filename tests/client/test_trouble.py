@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from served_models import MODELS
+from served_models import MODELS, RunningServer
 
 from enginesmith.triton.server import TritonServer
 from enginesmith_client import (
@@ -308,3 +309,14 @@ def test_every_request_through_a_server_that_is_killed_twice_has_one_outcome() -
         assert found["answered"] + sum(found["failed"].values()) == found["requests"] == 600, name
         assert found["answered"] > 400, name
     assert len(outcome["figures"]["restarts_s"]) == 6
+
+
+@pytest.mark.server
+def test_the_examples_of_the_page_on_limits_run(server: RunningServer) -> None:
+    page = (ROOT / "docs" / "client-limits.md").read_text(encoding="utf-8")
+    namespace: dict[str, object] = {}
+    for example in re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL):
+        here = example.replace("127.0.0.1:8001", server.grpc_url)
+        here = here.replace("smollm2-135m-int4-awq", "llm").replace("minilm-l6-int8", "sentences")
+        exec(compile(here, "docs/client-limits.md", "exec"), namespace)
+    assert namespace["refused"] == 1
