@@ -85,15 +85,7 @@ class Runtime:
         reuse_tokens: int = 0,
         tokens_per_block: int = 32,
     ) -> None:
-        self.engine: dict[str, Any] = json.loads((directory / "engine.json").read_text())
-        if self.engine["format"] != ENGINE_FORMAT:
-            raise ValueError(
-                f"engine.json has format {self.engine['format']}; this runtime reads {ENGINE_FORMAT}"
-            )
-        if capacity > self.engine["max_positions"]:
-            raise ValueError(
-                f"capacity {capacity} exceeds the model's {self.engine['max_positions']} positions"
-            )
+        self.engine = _read_engine(directory / "engine.json", capacity)
         self.slots, self.capacity = slots, capacity
         self.end_ids = frozenset(self.engine["eos_token_ids"])
         self._session = create_session(directory / graph, self.engine, threads)
@@ -305,6 +297,20 @@ class Runtime:
         for name, cache in zip(self._names, self._cache, strict=True):
             _bind_input(binding, f"past_key_values.{name}", cache[start:stop])
             _bind_output(binding, f"present.{name}", cache[start:stop])
+
+
+def _read_engine(path: Path, capacity: int) -> dict[str, Any]:
+    """The description of an engine that can serve ``capacity`` tokens.
+
+    Raises:
+        ValueError: it is of another format, or its model knows fewer positions.
+    """
+    engine: dict[str, Any] = json.loads(path.read_text())
+    if engine["format"] != ENGINE_FORMAT:
+        raise ValueError(f"engine.json has format {engine['format']}; this runtime reads {ENGINE_FORMAT}")
+    if capacity > engine["max_positions"]:
+        raise ValueError(f"capacity {capacity} exceeds the model's {engine['max_positions']} positions")
+    return engine
 
 
 def create_session(path: Path, engine: dict[str, Any], threads: int) -> ort.InferenceSession:
