@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import signal
 import socket
 from collections.abc import AsyncIterator, Iterator
@@ -435,3 +436,15 @@ def test_without_a_server_callers_are_told_to_come_back() -> None:
     assert caught.value.status_code in (503, 504)
     assert ready[0] in (503, 504)
     assert url not in caught.value.message
+
+
+def test_the_example_of_the_documentation_runs(front: Front, capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "openai.md").read_text()
+    [example] = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    question, address = "What is a compiler?", "http://127.0.0.1:8080/v1"
+    assert question in example
+    assert address in example
+
+    exec(example.replace(question, "say a program").replace(address, front.url), {})
+
+    assert capsys.readouterr().out == "a program 5\na program"

@@ -66,7 +66,8 @@ def _answer(request, sender):
 
 
 def _fail(sender, status):
-    error = pb_utils.TritonError("asked to fail", getattr(pb_utils.TritonError, status))
+    # tritonserver sends no status with an error in a stream, so the models that enginesmith serves begin with its name.
+    error = pb_utils.TritonError(f"[{status}] asked to fail", getattr(pb_utils.TritonError, status))
     sender.send(pb_utils.InferenceResponse([], error=error), flags=_FINAL)
 
 
