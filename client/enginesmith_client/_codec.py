@@ -45,6 +45,7 @@ NUMPY_TYPES: dict[str, str] = {
 FP8_TYPES = frozenset({"float8_e4m3fn", "float8_e5m2"})
 """The types of ``ml_dtypes`` that go as they are into UINT8 inputs: Triton has no datatype for FP8."""
 
+_DTYPES = {datatype: np.dtype(code) for datatype, code in {**NUMPY_TYPES, "BF16": "<u2"}.items()}
 _DATATYPES = {np.dtype(code): datatype for datatype, code in NUMPY_TYPES.items()}
 _TEXT_KINDS = "OSUT"
 """numpy's kinds of object, bytes and text arrays."""
@@ -85,7 +86,7 @@ def bytes_from_array(array: Array, datatype: str) -> bytes:
         return bits.astype("<u2", copy=False).tobytes()
     if datatype == "UINT8":
         return array.tobytes()
-    return array.astype(NUMPY_TYPES[datatype], copy=False).tobytes()
+    return array.astype(_DTYPES[datatype], copy=False).tobytes()
 
 
 def array_from_bytes(data: bytes, datatype: str, shape: Sequence[int]) -> Array:
@@ -99,15 +100,15 @@ def array_from_bytes(data: bytes, datatype: str, shape: Sequence[int]) -> Array:
         elements = np.empty(count, dtype=np.object_)
         elements[:] = _unpack_elements(data, count)
         return elements.reshape(shape)
-    if datatype != "BF16" and datatype not in NUMPY_TYPES:
+    dtype = _DTYPES.get(datatype)
+    if dtype is None:
         raise ServerError(f"the answer holds a tensor of unknown datatype {datatype!r}")
-    code = "<u2" if datatype == "BF16" else NUMPY_TYPES[datatype]
-    expected_bytes = count * np.dtype(code).itemsize
+    expected_bytes = count * dtype.itemsize
     if len(data) != expected_bytes:
         raise ServerError(
             f"a {datatype} tensor of shape {list(shape)} came with {len(data)} bytes instead of {expected_bytes}"
         )
-    array: Array = np.frombuffer(data, dtype=code).reshape(shape)
+    array: Array = np.frombuffer(data, dtype).reshape(shape)
     if datatype == "BF16":
         return (array.astype("<u4") << np.uint32(16)).view("<f4")
     return array

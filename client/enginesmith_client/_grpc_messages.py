@@ -333,9 +333,11 @@ def reply_from_message(message: Any) -> InferReply:
             f"the answer of model {message.model_name!r} has {len(message.outputs)} outputs and {len(message.raw_output_contents)} raw contents",
             hint="the server must answer with raw_output_contents, as Triton does",
         )
-    tensors = zip(message.outputs, message.raw_output_contents, strict=True)
     outputs = tuple(
-        WireTensor(tensor.name, tensor.datatype, tuple(tensor.shape), data) for tensor, data in tensors
+        [
+            WireTensor(tensor.name, tensor.datatype, tuple(tensor.shape), data)
+            for tensor, data in zip(message.outputs, message.raw_output_contents, strict=True)
+        ]
     )
     return InferReply(message.model_name, message.model_version, message.id, outputs)
 

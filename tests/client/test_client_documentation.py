@@ -7,12 +7,16 @@ import pytest
 from served_models import RunningServer
 
 ROOT = Path(__file__).parents[2]
+PAGES = (
+    "client/README.md", "docs/client.md", "docs/client-async.md", "docs/client-chat.md", "docs/client-connections.md", "docs/client-embeddings.md",
+    "docs/client-errors.md", "docs/client-streaming.md",
+)  # fmt: skip
 SERVED = {"smollm2-135m-int4-awq": "llm", "minilm-l6-int8": "sentences", '"relevance"': '"relevance-text"'}
 """The model of the tests that answers for each that the examples ask."""
 
 
 @pytest.mark.server
-@pytest.mark.parametrize("page", ["docs/client.md", "client/README.md"])
+@pytest.mark.parametrize("page", PAGES)
 def test_the_examples_run(page: str, server: RunningServer) -> None:
     examples = re.findall(
         r"^```python\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
