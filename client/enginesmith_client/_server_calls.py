@@ -101,6 +101,7 @@ class ServerCalls:
 
     def config(self, model: str, *, version: str, timeout_s: float | None) -> Flow[Json]:
         """The model configuration as JSON values."""
+        _check_model(model, version)
         perform = self.dispatcher.perform(ReadConfig(model, version), self.deadline(timeout_s))
         config: Json = yield from self._about(model, version, perform)
         return config
@@ -109,6 +110,7 @@ class ServerCalls:
         self, model: str, *, version: str, timeout_s: float | None
     ) -> Flow[tuple[ModelStatistics, ...]]:
         """Counts and durations, one entry per loaded version."""
+        _check_model(model, version)
         perform = self.dispatcher.perform(ReadStatistics(model, version), self.deadline(timeout_s))
         return statistics_from_json((yield from self._about(model, version, perform)))
 
@@ -186,6 +188,7 @@ class ServerCalls:
         return (yield from self._about(model, version, ask(current, deadline)))
 
     def _cached_metadata(self, model: str, version: str, deadline: Deadline) -> Flow[ModelMetadata]:
+        _check_model(model, version)
         known = self._known.get((model, version))
         return known or (yield from self._fetch_metadata(model, version, deadline))
 
@@ -195,6 +198,7 @@ class ServerCalls:
             config = yield from self.dispatcher.perform(ReadConfig(model, version), deadline)
             return metadata_from_json(metadata, config)
 
+        _check_model(model, version)
         self._known.pop((model, version), None)
         metadata = yield from self._about(model, version, fetch())
         self._known[model, version] = metadata
@@ -202,7 +206,6 @@ class ServerCalls:
 
     def _about(self, model: str, version: str, flow: Flow[Result]) -> Flow[Result]:
         """The result of ``flow``; when the server does not serve the model, the error says which ones it does."""
-        _check_model(model, version)
         try:
             return (yield from flow)
         except ModelNotReady as error:

@@ -32,6 +32,8 @@ Ask = Callable[[AsyncClient], Coroutine[Any, Any, Any]]
 @pytest.fixture(params=["grpc", "http"])
 def ask(request: pytest.FixtureRequest, server: RunningServer) -> Callable[[Ask], Any]:
     """Runs a coroutine function with a client in an event loop of its own."""
+    if "silent" in request.node.name and request.param == "http":
+        pytest.skip("Triton notices a closed HTTP connection once it has begun to answer")
 
     def run(question: Ask) -> Any:
         async def main() -> Any:
@@ -189,9 +191,10 @@ def test_a_stream_that_another_task_closes_raises_in_its_reader(
     mark = tmp_path / "mark"
 
     async def question(client: AsyncClient) -> None:
-        stream = client.stream("llm", f"silent:{mark}")
-        reader = asyncio.create_task(anext(stream))  # type: ignore[arg-type]
-        await awaited(mark, "waiting")
+        stream = client.stream("llm", f"wait:{mark}")
+        await anext(stream)
+        reader = asyncio.create_task(anext(stream))
+        await asyncio.sleep(0)
         with pytest.raises(InvalidInput, match="being read already"):
             await anext(stream)
         await stream.close()

@@ -287,7 +287,9 @@ def test_the_repository_index_lists_models_by_name(client: Client) -> None:
 def test_metadata_tells_batch_size_and_optional_inputs(client: Client) -> None:
     metadata = client.metadata("llm")
     assert metadata.max_batch_size == 4
-    assert [tensor.name for tensor in metadata.inputs if not tensor.optional] == ["text_input"]
+    assert all(tensor.optional for tensor in metadata.inputs)
+    required = [tensor.name for tensor in client.metadata("bls").inputs if not tensor.optional]
+    assert required == ["text_input", "max_tokens"]
     stop_words = metadata.input("stop_words")
     assert stop_words is not None
     assert (stop_words.datatype, stop_words.shape) == ("BYTES", (-1, -1))

@@ -5,10 +5,11 @@ import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from served_models import await_content
+from served_models import RunningServer, await_content
 
 from enginesmith_client import (
     Cancelled,
@@ -23,7 +24,10 @@ from enginesmith_client import (
 pytestmark = pytest.mark.server
 
 
-def text_array(*texts: str) -> np.ndarray:
+UNNOTICED = "Triton notices a closed HTTP connection once it has begun to answer"
+
+
+def text_array(*texts: str) -> Any:
     return np.array([texts], np.object_)
 
 
@@ -116,6 +120,8 @@ def test_an_error_of_the_reader_ends_the_request_on_the_server(client: Client, t
 def test_a_stream_that_another_thread_closes_raises_in_its_reader(
     client: Client, tmp_path: Path, prompt: str
 ) -> None:
+    if prompt == "silent" and client.url.startswith("http"):
+        pytest.skip(UNNOTICED)
     mark = tmp_path / "mark"
     stream = client.stream("llm", f"{prompt}:{mark}")
     with ThreadPoolExecutor(1) as pool:
@@ -161,9 +167,9 @@ def test_a_stream_is_read_once(client: Client) -> None:
 
 def test_two_threads_cannot_read_one_stream(client: Client, tmp_path: Path) -> None:
     mark = tmp_path / "mark"
-    stream = client.stream("llm", f"silent:{mark}")
+    stream = client.stream("llm", f"wait:{mark}")
     with ThreadPoolExecutor(1) as pool:
-        reader = pool.submit(next, stream)
+        reader = pool.submit(list, stream)
         await_content(mark, "waiting")
         with pytest.raises(InvalidInput, match="being read already"):
             next(stream)
@@ -218,6 +224,23 @@ def test_a_decoupled_model_may_answer_nothing(client: Client) -> None:
     assert list(client.infer_stream("streaming", {"text_input": np.array(["hi"], np.object_)})) == []
 
 
+def test_a_decoupled_model_that_was_reloaded_with_other_inputs_is_asked_anew(
+    client: Client, server: RunningServer
+) -> None:
+    with Client(server.url("grpc")) as operator:
+        original = dict(operator.config("bls"))
+        inputs = [
+            {**tensor, "data_type": "TYPE_FP64"} if tensor["name"] == "temperature" else tensor
+            for tensor in original["input"]
+        ]
+        try:
+            assert client.generate("bls", "hi", max_tokens=1, temperature=0.5).text == "one "
+            operator.load("bls", config={**original, "input": inputs})
+            assert len(list(client.stream("bls", "hi", max_tokens=3, temperature=0.5))) == 3
+        finally:
+            operator.load("bls", config=original)
+
+
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
@@ -232,7 +255,7 @@ def test_a_decoupled_model_may_answer_nothing(client: Client) -> None:
     ],
 )
 def test_wrong_inputs_of_a_decoupled_model_are_refused_here(
-    client: Client, inputs: dict[str, np.ndarray], message: str
+    client: Client, inputs: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(InvalidInput, match=message):
         next(client.infer_stream("bls", inputs))

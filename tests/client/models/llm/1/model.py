@@ -78,7 +78,8 @@ def _bytes(request, sender, argument):
 
 
 def _raise(request, sender, code):
-    error = pb_utils.TritonError("asked to fail", getattr(pb_utils.TritonError, code))
+    # The name of the status is in the text, as in the models that enginesmith builds: a stream carries no other.
+    error = pb_utils.TritonError(f"[{code}] asked to fail", getattr(pb_utils.TritonError, code))
     sender.send(pb_utils.InferenceResponse([], error=error), flags=_FINAL)
 
 
