@@ -51,7 +51,18 @@ class Attempts:
         self._counted = 0
         self._ticket: Ticket | None = None
 
-    def begin(self) -> Flow[Endpoint]:
+    def take(self) -> Endpoint | None:
+        """As ``wait_and_take`` if that needs no step: the way of nearly all requests. Else None."""
+        rules = self._rules
+        if rules.limit is not None or self._only is not None:
+            return None
+        if rules.endpoints.is_any_down:
+            return None
+        if not self._tried:
+            rules.budget.earn()
+        return rules.endpoints.take(self._model, tried=self._tried)
+
+    def wait_and_take(self) -> Flow[Endpoint]:
         """The server for the next attempt, counted as in flight there; the caller releases it."""
         rules = self._rules
         if not self._tried:

@@ -73,7 +73,6 @@ class Dispatcher:
         """The calls that are under way."""
         return self._rules.running
 
-    @counted
     def perform(
         self, operation: Operation, deadline: Deadline, *, idempotent: bool | None = None
     ) -> Flow[Any]:
@@ -82,12 +81,10 @@ class Dispatcher:
         Readiness is that of any server, loading and unloading are done on all of them, and all else on one.
         """
         if isinstance(operation, (ServerReady, ModelReady)):
-            return (yield from self._ready(operation, deadline))
+            return self._ready(operation, deadline)
         if isinstance(operation, (LoadModel, UnloadModel)) and len(self.transports) > 1:
-            everywhere = [self._send(operation, deadline, only=one) for one in self._endpoints.all]
-            yield Together(everywhere, at_once=len(everywhere))
-            return None
-        return (yield from self._send(operation, deadline, idempotent=idempotent))
+            return self._everywhere(operation, deadline)
+        return self._send(operation, deadline, idempotent=idempotent)
 
     def open(self, request: InferRequest, deadline: Deadline, *, idempotent: bool | None = None) -> Flow[Any]:
         """An open stream of answers to ``request``. Until its first answer is there, it is tried again like any request."""
@@ -95,6 +92,10 @@ class Dispatcher:
         stream = StreamFlows(self._rules, attempts, request, deadline)
         yield from stream.open()
         return stream.shell()
+
+    def _everywhere(self, operation: LoadModel | UnloadModel, deadline: Deadline) -> Flow[None]:
+        flows = [self._send(operation, deadline, only=one) for one in self._endpoints.all]
+        yield Together(flows, at_once=len(flows))
 
     def _send(
         self,
@@ -105,19 +106,24 @@ class Dispatcher:
         idempotent: bool | None = None,
     ) -> Flow[Any]:
         attempts = self._begin(operation, deadline, only=only, idempotent=idempotent)
-        while True:
-            endpoint = yield from attempts.begin()
-            try:
-                reply = yield Send(endpoint.transport, operation, deadline)
-            except TritonClientError as error:
-                failure = error
-            else:
-                attempts.answered(endpoint, reply if isinstance(reply, InferReply) else None)
-                return reply
-            finally:
-                self._endpoints.release(endpoint)
-            yield from attempts.failed(endpoint, failure)
+        self.running.begin()
+        try:
+            while True:
+                endpoint = attempts.take() or (yield from attempts.wait_and_take())
+                try:
+                    reply = yield Send(endpoint.transport, operation, deadline)
+                except TritonClientError as error:
+                    failure = error
+                else:
+                    attempts.answered(endpoint, reply if isinstance(reply, InferReply) else None)
+                    return reply
+                finally:
+                    self._endpoints.release(endpoint)
+                yield from attempts.failed(endpoint, failure)
+        finally:
+            self.running.end()
 
+    @counted
     def _ready(self, operation: ServerReady | ModelReady, deadline: Deadline) -> Flow[bool]:
         """Whether any server says so; those that were asked in vain count only when none answers."""
         answered, failure = False, None

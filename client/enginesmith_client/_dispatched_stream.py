@@ -75,7 +75,7 @@ class StreamFlows:
 
     def _open(self) -> Flow[None]:
         while True:
-            endpoint = yield from self._attempts.begin()
+            endpoint = self._attempts.take() or (yield from self._attempts.wait_and_take())
             self._endpoint = endpoint
             try:
                 self._inner = yield Open(endpoint.transport, self._request, self._deadline)

@@ -107,6 +107,11 @@ class Endpoints:
                 for one in self.all
             )
 
+    @property
+    def is_any_down(self) -> bool:
+        """Whether one of several servers is left alone, so that ``due`` is worth asking."""
+        return len(self.all) > 1 and any(one.ejected is not None for one in self.all)
+
     def due(self) -> Endpoint | None:
         """A server that is down and should be asked now whether it is back; the caller must say with ``probed``."""
         if len(self.all) == 1:
