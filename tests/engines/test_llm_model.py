@@ -259,7 +259,7 @@ def test_full_queue_refuses_at_once(server: TritonServer, stream: Stream) -> Non
     holding.cancel()
     for name in ("waiting", "running"):
         wait_for_metric(server, f"enginesmith_llm_{name}", 0, model="narrow")
-    assert refused.error.startswith("the queue is full: 1 requests wait, at most 1 may; try again later")
+    assert refused.error == "[UNAVAILABLE] the queue is full: 1 requests wait, at most 1 may; try again later"
     assert stream.ask("narrow", [b"text"]).error == ""
 
 
