@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import math
+import socket
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Any
 
 import numpy as np
@@ -12,9 +16,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
+from starlette.requests import Request
 
+from enginesmith.cli import run
 from enginesmith.errors import OperatorError
 from enginesmith.openai_front._errors import ApiError, api_error_from_client, api_error_from_validation
+from enginesmith.openai_front._http import REQUEST_ID, read_body, send_events
 from enginesmith.openai_front._requests import ChatRequest, CompletionRequest, EmbeddingRequest
 from enginesmith.openai_front._responses import (
     ChatStyle,
@@ -287,3 +294,70 @@ def test_files_without_usable_keys_are_refused(tmp_path: Any, content: bytes) ->
 
     with pytest.raises(OperatorError):
         api_keys_from_file(path)
+
+
+async def never(*_: Any) -> Any:
+    """Neither sends nor receives."""
+    await asyncio.Event().wait()
+
+
+def test_a_body_that_does_not_arrive_is_not_waited_for() -> None:
+    request = Request({"type": "http", "method": "POST", "headers": []}, never)
+
+    with pytest.raises(ApiError, match="did not arrive within") as caught:
+        asyncio.run(read_body(request, max_bytes=10, timeout_s=0.01))
+
+    assert caught.value.status == 408
+
+
+def test_a_caller_that_takes_no_events_is_given_up() -> None:
+    heads: list[str] = []
+    closed: list[bool] = []
+
+    async def takes_the_head(message: Any) -> None:
+        heads.append(message["type"])
+        if message["type"] == "http.response.body":
+            await never()
+
+    async def events() -> AsyncGenerator[bytes, None]:
+        try:
+            while True:
+                yield b"data: more"
+        finally:
+            closed.append(True)
+
+    async def answer() -> None:
+        REQUEST_ID.set("id")
+        async with aclosing(events()) as stream:
+            await send_events(takes_the_head, stream, first=await anext(stream), timeout_s=0.01)
+
+    asyncio.run(answer())
+
+    assert heads == ["http.response.start", "http.response.body"]
+    assert closed == [True]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "says"),
+    [
+        (["--alias", "gpt-4o"], 2, "--alias gpt-4o: give two names with = between"),
+        (["--alias", "a=b", "--alias", "a=c"], 2, "--alias gives a twice"),
+        (["--chat-template", "llm=/nowhere"], 1, "/nowhere"),
+        (["--triton", "ftp://host"], 1, "ftp"),
+        (["--api-key-file", "/nowhere"], 1, "cannot be read"),
+    ],
+)
+def test_a_front_that_cannot_start_says_why(
+    arguments: list[str], status: int, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["openai", "--port", "0", *arguments]) == status
+    assert says in capsys.readouterr().err
+
+
+def test_a_port_that_is_taken_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+
+        assert run(["openai", "--port", str(port)]) == 1
+
+    assert f"cannot listen on 127.0.0.1 port {port}" in capsys.readouterr().err
