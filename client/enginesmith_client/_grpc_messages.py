@@ -336,7 +336,7 @@ def reply_from_message(message: Any) -> InferReply:
     outputs = tuple(
         [
             WireTensor(tensor.name, tensor.datatype, tuple(tensor.shape), data)
-            for tensor, data in zip(message.outputs, message.raw_output_contents, strict=True)
+            for tensor, data in zip(message.outputs, message.raw_output_contents, strict=False)
         ]
     )
     return InferReply(message.model_name, message.model_version, message.id, outputs)

@@ -103,12 +103,16 @@ class Connection(http.client.HTTPConnection):
             encrypted = self._context.wrap_socket(
                 sock, server_hostname=self._server_name, do_handshake_on_connect=False
             )
+        except BaseException:
+            sock.close()
+            raise
+        try:
             assert isinstance(encrypted, _TlsSocket)
             encrypted.deadline = self.deadline
             encrypted.settimeout(self.deadline.remaining_s())
             encrypted.do_handshake()
         except BaseException:
-            sock.close()
+            encrypted.close()
             raise
         return encrypted
 

@@ -55,7 +55,7 @@ class Block:
         """Raises OSError when there is not that much."""
         self.size_bytes = size_bytes
         self.registered = False
-        self.name = f"enginesmith-{os.getpid()}-{secrets.token_hex(8)}"
+        self.name = f"enginesmith-client-{os.getpid()}-{secrets.token_hex(8)}"
         self.memory = shared_memory.SharedMemory(self.name, create=True, size=size_bytes)
         try:
             # Takes the pages now: a full /dev/shm would otherwise kill the process at the first write (SIGBUS).

@@ -100,18 +100,24 @@ def test_a_text_of_10_mb_goes_there_and_back(driver: Driver) -> None:
         ("UNAVAILABLE", Overloaded),
         ("CANCELLED", Cancelled),
         ("INTERNAL", ServerError),
-        ("UNSUPPORTED", ServerError),
     ],
 )
-def test_an_error_of_the_model_is_told_apart_over_grpc_whenever_it_comes(
+def test_an_error_that_the_model_names_is_told_apart_whenever_it_comes(
     driver: Driver, code: str, error: type[Exception], count: int
 ) -> None:
-    if driver.protocol == "http":
-        # Triton gives HTTP no code: 400 for what comes first, and only a text after that.
-        error = ServerError if count else InvalidInput
     request = driver.request("pieces", pieces(count=count, then=code))
-    with pytest.raises(error, match="asked to fail"):
+    with pytest.raises(error, match="asked to fail") as caught:
         driver.open(request).rest()
+    assert code not in str(caught.value)
+
+
+def test_any_other_error_of_a_model_is_a_server_error_but_before_the_first_piece_over_http(
+    driver: Driver,
+) -> None:
+    for count in (0, 1):
+        error = InvalidInput if driver.protocol == "http" and not count else ServerError
+        with pytest.raises(error, match="asked to fail"):
+            driver.open(driver.request("pieces", pieces(count=count, then="UNSUPPORTED"))).rest()
 
 
 def test_requests_that_triton_refuses_itself_are_invalid(driver: Driver) -> None:

@@ -1,7 +1,8 @@
 """A decoupled model that answers ``count`` times with its text, and then does what ``then`` says.
 
 ``then`` is ``end`` (the default), ``final`` (the last answer carries the final flag), the name of a Triton error code
-(fails with it), or ``wait`` (until the request is cancelled). What became of a request that waits is written to the
+(fails with it and names it at the
+beginning of its message, as models of enginesmith do), or ``wait`` (until the request is cancelled). What became of a request that waits is written to the
 file ``mark``: ``waiting`` when it begins to and ``cancelled`` in the end.
 """
 
@@ -36,7 +37,7 @@ def _answer(request, sender):
     elif then == "end":
         sender.send(flags=_FINAL)
     elif then != "final":
-        error = pb_utils.TritonError("asked to fail", getattr(pb_utils.TritonError, then))
+        error = pb_utils.TritonError(f"[{then}] asked to fail", getattr(pb_utils.TritonError, then))
         sender.send(pb_utils.InferenceResponse([], error=error), flags=_FINAL)
 
 
