@@ -64,17 +64,22 @@ def echoing(inputs: Arrays) -> Arrays:
     return {name.replace("in_", "out_"): array for name, array in inputs.items()}
 
 
-def as_json(inputs: Arrays) -> Arrays:
+def as_json(inputs: Arrays) -> Iterator[Arrays]:
     arrived = {
         name: [value.decode() if isinstance(value, bytes) else value.item() for value in array[0]]
         for name, array in inputs.items()
+        if name not in ("stream", "exclude_input_in_output")
     }
-    return {
-        "text_output": np.array([[json.dumps(arrived).encode()]], np.object_),
-        "finish_reason": np.array([[b"length" if "max_tokens" in inputs else b"stop"]], np.object_),
-        "num_input_tokens": np.array([[7]], np.int32),
-        "num_output_tokens": np.array([[3]], np.int32),
-    }
+    text = json.dumps(arrived, ensure_ascii=False)
+    reason = "length" if "max_tokens" in inputs else "stop"
+    size = 16 if "stream" in inputs and inputs["stream"].any() else len(text)
+    for end in range(size, len(text) + size, size):
+        yield {
+            "text_output": np.array([[text[end - size : end].encode()]], np.object_),
+            "finish_reason": np.array([[(reason if end >= len(text) else "").encode()]], np.object_),
+            "num_input_tokens": np.array([[7]], np.int32),
+            "num_output_tokens": np.array([[min(end, len(text))]], np.int32),
+        }
 
 
 ANSWERS: dict[str, Callable[[Arrays], Any]] = {
@@ -145,6 +150,10 @@ CALLS: dict[str, Callable[[Client], Any]] = {
     "generate with options": lambda client: json.loads(
         client.generate("llm", "Hi", max_tokens=5, stop=["a"], seed=3, top_p=0.5).text
     ),
+    "a stream of what generate gives": lambda client: [plain(one) for one in client.stream("llm", "Hi")],
+    "chat": lambda client: client.chat("llm", MESSAGES),
+    "a stream of a chat": lambda client: [plain(one) for one in client.stream_chat("llm", MESSAGES)],
+    "chat with a model that cannot": lambda client: client.chat("plain_llm", MESSAGES),
     "generate with the least": lambda client: client.generate("plain_llm", "echo"),
     "an option that is not there": lambda client: client.generate("plain_llm", "echo", seed=1),
     "generate with a model that does not": lambda client: client.generate("pair", "echo"),
@@ -157,6 +166,7 @@ CALLS: dict[str, Callable[[Client], Any]] = {
     "unloading of an unknown model": lambda client: client.unload("nope"),
     "loading of an unknown model": lambda client: client.load("nope"),
 }
+MESSAGES = [{"role": "user", "content": "Grüße"}]
 PIECES = {"text_input": np.array([["word"]], np.object_), "count": np.array([[3]], np.int32)}
 
 
@@ -243,6 +253,21 @@ def test_a_model_that_was_loaded_with_another_configuration_refuses_what_the_cli
             client.load("echo", config={**config, "max_batch_size": 8})
 
     assert after_the_change(fake_server.client()) == after_the_change(real)
+
+
+def test_a_configuration_that_a_client_gave_stays_until_the_model_is_unloaded(
+    real: Client, fake_server: FakeServer
+) -> None:
+    def batch_sizes(client: Client) -> list[int]:
+        client.load("sentences", config={**client.config("sentences"), "max_batch_size": 2})
+        seen = [client.metadata("sentences").max_batch_size]
+        client.load("sentences")
+        seen.append(client.metadata("sentences").max_batch_size)
+        client.unload("sentences")
+        client.load("sentences")
+        return [*seen, client.metadata("sentences").max_batch_size]
+
+    assert batch_sizes(fake_server.client()) == batch_sizes(real) == [2, 2, 4]
 
 
 def test_the_asynchronous_client_sees_what_the_other_does(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from enginesmith.client_stub.layout import ASYNC, Code, Flavour
-from enginesmith.client_stub.names import escaped, identifiers_from_names, literal
+from enginesmith.client_stub.names import docstring_text, identifiers_from_names, literal
 from enginesmith.client_stub.source import StubModel
 from enginesmith.errors import SourceError
 from enginesmith_client import ModelMetadata, TensorMetadata
@@ -22,7 +22,7 @@ def write_outputs(code: Code, model: StubModel, name: str) -> None:
     tensors = model.metadata.outputs
     fields = identifiers_from_names(model.name, "output", (tensor.name for tensor in tensors))
     code.add("", "", "@dataclass(frozen=True, eq=False)", f"class {name}Outputs:", uses=("dataclass",))
-    code.add(f'    """What model {escaped(model.name)} answers."""', "")
+    code.add(f'    """What model {docstring_text(model.name)} answers."""', "")
     for tensor in tensors:
         code.add(f"    {fields[tensor.name]}: {_array_type(model.name, tensor)}", uses=("np",))
         code.add(f'    """{_described(model, tensor, fields[tensor.name])}"""')
@@ -108,6 +108,6 @@ def _described(model: StubModel, tensor: TensorMetadata, identifier: str) -> str
     labels = model.labels.get(tensor.name, ())
     if labels:
         rest = len(labels) - _SHOWN_LABELS
-        shown = ", ".join(escaped(label) for label in labels[:_SHOWN_LABELS])
+        shown = ", ".join(docstring_text(label) for label in labels[:_SHOWN_LABELS])
         text += f"; classes: {shown}" + (f" and {rest} more" if rest > 0 else "")
-    return f"{text}." if identifier == tensor.name else f"Tensor {escaped(tensor.name)}, {text}."
+    return f"{text}." if identifier == tensor.name else f"Tensor {docstring_text(tensor.name)}, {text}."

@@ -83,8 +83,13 @@ def literal(text: str) -> str:
     return f'"{escaped(text)}"'
 
 
+def docstring_text(text: str) -> str:
+    """``text`` for inside of a docstring; lone surrogates, which no docstring may have, as their escapes."""
+    return escaped(text.encode("utf-8", "backslashreplace").decode())
+
+
 def escaped(text: str) -> str:
-    """``text`` as it stands between the quotes of a literal or a docstring."""
+    """``text`` as it stands between the quotes of a literal."""
     return "".join(_escaped(character) for character in text)
 
 

@@ -280,7 +280,7 @@ class Backend:
         # Triton says yes to the unloading of what it does not serve.
         served = self.models.get(operation.model)
         if served is not None and served.ready:
-            served.ready, served.reason = False, "unloaded"
+            served.ready, served.reason, served.model = False, "unloaded", served.original
 
 
 def _computed(

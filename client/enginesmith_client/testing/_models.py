@@ -253,3 +253,16 @@ def once(answer: Callable[[Arrays], Arrays]) -> Answers:
         yield answer(inputs)
 
     return answers
+
+
+def several(answer: Callable[[Arrays], Arrays | Iterable[Arrays]]) -> Answers:
+    """A model that gives each request any number of answers; one mapping of outputs is one answer."""
+
+    def answers(inputs: Arrays) -> Iterator[Arrays]:
+        given = answer(inputs)
+        if isinstance(given, Mapping):
+            yield given
+        else:
+            yield from given
+
+    return answers

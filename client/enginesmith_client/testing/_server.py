@@ -28,7 +28,7 @@ from enginesmith_client.testing._encoders import (
     reranker_interface,
 )
 from enginesmith_client.testing._llm import Script, llm_answers, llm_interface
-from enginesmith_client.testing._models import Answers, Arrays, FakeModel, config_json, once
+from enginesmith_client.testing._models import Answers, Arrays, FakeModel, config_json, once, several
 from enginesmith_client.testing._state import Served
 from enginesmith_client.testing._transports import AsyncFakeTransport, FakeTransport
 
@@ -120,7 +120,7 @@ class FakeServer:
         labels: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         """Serve a model with the interface of another: of ``client.metadata(model)``, or of a generated client."""
-        answers: Answers = answer if signature.decoupled else once(answer)  # type: ignore[arg-type, assignment]
+        answers = several(answer) if signature.decoupled else once(answer)  # type: ignore[arg-type]
         self._add(signature, answers, labels=labels)
 
     def add_llm(

@@ -17,7 +17,8 @@ _STAGES = ("compute_input", "compute_infer", "compute_output")
 class Served:
     """One model on the server."""
 
-    model: FakeModel
+    original: FakeModel
+    """As it was added; unloading brings it back."""
     ready: bool = True
     reason: str = ""
     """Of a model that is not ready."""
@@ -32,6 +33,10 @@ class Served:
     compute_ns: Counter[int] = field(default_factory=Counter)
     """Virtual time of each batch size."""
     lock: threading.Lock = field(default_factory=threading.Lock)
+    model: FakeModel = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.model = self.original
 
     def count(self, *, batch_size: int, latency_s: float, outcome: Literal["success", "fail"]) -> None:
         """Count a request."""
