@@ -162,7 +162,7 @@ def pieces(*texts: str) -> Answer:
     return Answer(tuple(responses))
 
 
-def refusal(reason: str, status: str | None = None) -> Answer:
+def refusal(reason: str, status: str | None = "INVALID_ARG") -> Answer:
     return Answer(refusal=reason, status=status)
 
 
@@ -318,7 +318,7 @@ WRONG: Mapping[str, tuple[Mapping[str, Answer], set[str]]] = {
     ),
     "what is wrong is answered": ({"both": answer("A")}, {"prompt and messages"}),
     "an empty prompt crashes": (
-        {"": refusal("Stub process is not healthy")},
+        {"": refusal("Stub process is not healthy", None)},
         {"empty prompt"},
     ),
 }
@@ -334,7 +334,7 @@ def test_an_empty_prompt_may_be_answered() -> None:
 
 
 def test_requests_may_be_turned_away_only_where_the_spec_limits_the_queue() -> None:
-    full = {"c": refusal("the queue is full; try again later")}
+    full = {"c": refusal("the queue is full", "UNAVAILABLE")}
     assert failed(full) == {"5 at once"}
     assert failed(full, replace(SUBJECT, may_time_out=True)) == set()
 
@@ -342,9 +342,9 @@ def test_requests_may_be_turned_away_only_where_the_spec_limits_the_queue() -> N
 def test_a_full_queue_must_refuse_and_only_then() -> None:
     limited = replace(SUBJECT, max_queue_size=4)
     assert failed({}, limited) == {"more than it can take"}
-    assert failed({}, limited, ["the queue is full; try again later"]) == set()
+    assert failed({}, limited, ["[UNAVAILABLE] the queue is full"]) == set()
     assert failed({}, limited, ["crashed"]) == {"more than it can take"}
-    assert failed({}, refused=["the queue is full; try again later"]) == {"cancelled streams"}
+    assert failed({}, refused=["[UNAVAILABLE] the queue is full"]) == {"cancelled streams"}
 
 
 def test_a_model_without_a_chat_template_must_say_so() -> None:

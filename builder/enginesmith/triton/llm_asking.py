@@ -3,7 +3,7 @@
 tritonserver takes requests to decoupled models over ``ModelStreamInfer`` only (and over HTTP at ``/generate``). Every
 request here is a stream of its own: it is written, the client's side is closed, and the responses are read to their end.
 
-An error in a stream is a message without a status. The metadata ``triton_grpc_error``, which asks for one, is not sent:
+An error in a stream is a text without a status, so the served model begins it with the name of one. The metadata ``triton_grpc_error``, which asks for one, is not sent:
 tritonserver 2.51 ends with SIGSEGV after some refused requests that carry it.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -26,6 +27,7 @@ from enginesmith.triton.config import LLM_INPUTS
 
 PATIENCE_S = 300.0
 """How long a request may take altogether."""
+_STATUS = re.compile(r"^(?:\[request id: [^\]]*\] )?\[([A-Z_]+)\] ")
 _WIRE_TYPES: Mapping[str, tuple[str, type]] = {
     "TYPE_STRING": ("BYTES", np.object_),
     "TYPE_INT32": ("INT32", np.int32),
@@ -57,7 +59,7 @@ class Answer:
     responses: tuple[Response, ...] = ()
     refusal: str | None = None
     status: str | None = None
-    """Of a refusal: that of HTTP, or of a gRPC call that broke."""
+    """The name that the model gave a refusal, e.g. ``INVALID_ARG``; else that of HTTP, or of a gRPC call that broke."""
 
     @property
     def text(self) -> str:
@@ -115,7 +117,7 @@ class Asking:
         try:
             for message in self._open(self._stub, prompts, inputs):
                 if message.error_message:
-                    return Answer(tuple(responses), refusal=message.error_message)
+                    return _refused(message.error_message, tuple(responses))
                 responses.append(_response(message.infer_response))
         except grpc.RpcError as error:
             return Answer(tuple(responses), refusal=str(error.details()), status=error.code().name)
@@ -183,6 +185,11 @@ class Asking:
         for name, values in {"exclude_input_in_output": [True], **inputs}.items():
             _add_input(request, name, [list(values)] * rows)
         return stub.ModelStreamInfer(iter([request]), timeout=PATIENCE_S)
+
+
+def _refused(text: str, responses: tuple[Response, ...]) -> Answer:
+    named = _STATUS.search(text)
+    return Answer(responses, refusal=text, status=named and named[1])
 
 
 async def _refusal(call: Any, *, or_text: bool) -> str | None:

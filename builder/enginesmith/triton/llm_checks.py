@@ -23,8 +23,8 @@ _MOST_STREAMS = 1024
 """Where slots and queue hold more, a full queue is not rehearsed."""
 _LEAVING_S = 10.0
 """How long a model may take to see that streams were cancelled."""
-_BUSY = "try again later"
-"""What every refusal says that is nobody's fault."""
+_BUSY = "UNAVAILABLE"
+"""The status of a refusal that is nobody's fault."""
 _LOG_PROB_TOLERANCE = 1e-3
 """Of log-probabilities that the same kernels computed twice."""
 
@@ -158,7 +158,7 @@ def _is_served(subject: Subject, index: int, answer: Answer, *, waiting: int) ->
     """Whether the answer is right, or the spec's limits let the model turn the request away."""
     may_turn_away = subject.may_time_out or 0 < subject.max_queue_size < waiting
     if answer.refusal is not None:
-        return may_turn_away and _BUSY in answer.refusal
+        return may_turn_away and answer.status == _BUSY
     return _is_right(subject, index, answer.text)
 
 
@@ -256,8 +256,13 @@ def _check_refused(name: str, ask: Ask, *prompts: bytes, names: str, **inputs: S
         *(f"{len(prompt)} bytes: {prompt[:24]!r}" for prompt in prompts),
         *(str(inputs) if inputs else "",),
     ]
-    passed = seen.refusal is not None and names in seen.refusal and "Traceback" not in seen.refusal
-    expected = f"a refusal that names {names}"
+    passed = (
+        seen.refusal is not None
+        and seen.status == "INVALID_ARG"
+        and names in seen.refusal
+        and "Traceback" not in seen.refusal
+    )
+    expected = f"a refusal as an invalid argument that names {names}"
     return Check(name, " ".join(shown).strip(), expected, seen.shown(), passed)
 
 
@@ -267,11 +272,11 @@ def _check_empty_prompt(ask: Ask) -> Check:
     answered = (
         seen.refusal is None and 1 <= seen.last.output_tokens <= MAX_TOKENS and seen.last.input_tokens >= 1
     )
-    refused = seen.refusal is not None and "text_input" in seen.refusal
+    refused = seen.status == "INVALID_ARG"
     return Check(
         "empty prompt",
         "''",
-        "an answer, or a refusal that names text_input",
+        "an answer, or a refusal as an invalid argument",
         seen.shown(),
         answered or refused,
     )
@@ -299,6 +304,6 @@ def _answer_when_free(ask: Ask, prompt: str) -> Answer:
     deadline_s = time.monotonic() + _LEAVING_S
     while True:
         seen = ask(prompt.encode(), max_tokens=[MAX_TOKENS])
-        if _BUSY not in (seen.refusal or "") or time.monotonic() > deadline_s:
+        if seen.status != _BUSY or time.monotonic() > deadline_s:
             return seen
         time.sleep(_LEAVING_S / 1000)
