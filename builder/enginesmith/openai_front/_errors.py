@@ -98,7 +98,8 @@ def api_error_from_client(error: TritonClientError) -> ApiError:
             504, message, type="server_error", code="timeout", headers={"x-should-retry": "false"}
         )
     if isinstance(error, ConnectError):
-        return unavailable(message, code="server_unreachable")
+        # The text of gRPC names addresses, which are nothing to callers; the log has it.
+        return unavailable("The model server cannot be reached.", code="server_unreachable")
     if isinstance(error, Cancelled):
         return unavailable(message, code="cancelled")
     return ApiError(500, message, type="server_error", code="model_failed")
