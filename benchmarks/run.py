@@ -24,8 +24,20 @@ from releases import add_project_options
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 README = HERE / "README.md"
-SCRIPTS = ("builds", "engines", "serving", "exactness", "rehearsal", "conversion", "encoders", "streaming", "cancellation", "resilience")
-APART = ("rehearsal", "conversion", "encoders", "resilience")
+SCRIPTS = (
+    "builds",
+    "engines",
+    "serving",
+    "exactness",
+    "rehearsal",
+    "conversion",
+    "encoders",
+    "streaming",
+    "cancellation",
+    "resilience",
+    "client",
+)
+APART = ("rehearsal", "conversion", "encoders", "resilience", "client")
 """Scripts with options of their own: run by name only, with what follows ``--`` on the command line."""
 _BEGIN, _END = "<!-- results: written by run.py -->", "<!-- end of results -->"
 
