@@ -175,6 +175,12 @@ class HttpReplyStream:
                 return None
             self._end(complete=False)
             raise self._wire.failure(error, self._call) from error
+        except (AttributeError, ValueError):
+            # http.client's own, where close() in another thread took the file away while this one was between its lines.
+            if self._ended.locked():
+                return None
+            self._end(complete=False)
+            raise
         except BaseException:
             self._end(complete=False)
             raise
