@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Generic, TypeVar
 
 Member = TypeVar("Member")
@@ -32,12 +31,3 @@ class LeastBusy(Generic[Member]):
         if len(self.members) > 1:
             with self._lock:
                 self._busy[number] -= 1
-
-    @contextmanager
-    def taken(self) -> Iterator[Member]:
-        """The least busy member, for the time of a ``with`` block."""
-        number = self.take()
-        try:
-            yield self.members[number]
-        finally:
-            self.give_back(number)

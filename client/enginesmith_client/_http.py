@@ -137,7 +137,7 @@ class _Wire:
         return connection.getresponse()
 
     def _failure(self, error: BaseException, call: Call) -> BaseException:
-        known = isinstance(error, (OSError, http.client.HTTPException, NotConnectedError, AttributeError))
+        known = isinstance(error, (OSError, http.client.HTTPException, NotConnectedError))
         return self.failure(error, call) if known and isinstance(error, Exception) else error
 
 
