@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from enginesmith.errors import GateError, SourceError, SpecError
-from enginesmith.spec import Serving
+from enginesmith.legality import check_targets
+from enginesmith.spec import ModelSpec, Serving
 from enginesmith.targets import KvCacheMemory
 from enginesmith.triton.config import parse_config
 from enginesmith.triton.package import run
@@ -174,3 +175,27 @@ def test_more_key_value_memory_than_the_spec_allows_is_refused_with_its_parts(co
     ):
         run(context)
     assert not any(context.out.iterdir())
+
+
+def test_plan_refuses_key_value_memory_that_the_checkpoint_would_exceed() -> None:
+    document = {
+        "name": "tiny",
+        "source": {"path": "."},
+        "variants": {"bf16": {"scheme": "none"}},
+        "targets": [
+            {"runtime": "onnxruntime", "kv_cache": {"reuse": False, "max_bytes": 16 * 1024 * 384 - 1}}
+        ],
+    }
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "vocab_size": 128}
+    config = {
+        **sizes,
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 2,
+        "architectures": ["LlamaForCausalLM"],
+    }
+    with pytest.raises(SpecError, match=r"takes 6291456 bytes, but kv_cache\.max_bytes is 6291455"):
+        check_targets(ModelSpec.model_validate(document), config)
+    document["targets"] = [
+        {"runtime": "onnxruntime", "kv_cache": {"reuse": False, "max_bytes": 16 * 1024 * 384}}
+    ]
+    check_targets(ModelSpec.model_validate(document), config)
