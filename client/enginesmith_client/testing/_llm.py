@@ -56,6 +56,15 @@ _OPTIONS = {
 }  # fmt: skip
 
 
+_KV_CACHE_COUNTERS = (
+    "kv_cache_reused_blocks",
+    "kv_cache_alloc_new_blocks",
+    "kv_cache_alloc_total_blocks",
+)
+_TIMES = ("arrival_time_ns", "first_scheduled_time_ns", "first_token_time_ns", "last_token_time_ns")
+"""Declared, as on a server; the fake never gives them."""
+
+
 def llm_interface(name: str, *, max_batch_size: int) -> ModelMetadata:
     """The interface of a text model that enginesmith serves."""
     inputs = (
@@ -74,6 +83,8 @@ def llm_interface(name: str, *, max_batch_size: int) -> ModelMetadata:
         tensor("cum_log_probs", "FP32", -1, -1),
         tensor("output_log_probs", "FP32", -1, -1, -1),
         tensor("output_tokens", "BYTES", -1, -1),
+        *(tensor(counter, "INT32", -1, 1) for counter in _KV_CACHE_COUNTERS),
+        *(tensor(time, "INT64", -1, 1) for time in _TIMES),
     )
     return ModelMetadata(name, ("1",), "python", inputs, outputs, max_batch_size, decoupled=True)
 
