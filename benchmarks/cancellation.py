@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import http.client
 import itertools
 import statistics
 import sys
 import time
+import urllib.request
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -90,12 +90,8 @@ class Metrics:
         return await asyncio.to_thread(self._read, name)
 
     def _read(self, name: str) -> int:
-        connection = http.client.HTTPConnection(self.url, timeout=10)
-        try:
-            connection.request("GET", "/metrics")
-            text = connection.getresponse().read().decode()
-        finally:
-            connection.close()
+        with urllib.request.urlopen(self.url, timeout=10) as answer:
+            text = answer.read().decode()
         for line in text.splitlines():
             if line.startswith(f"enginesmith_llm_{name}{{") and f'model="{self.model}"' in line:
                 return int(float(line.rsplit(" ", 1)[1]))

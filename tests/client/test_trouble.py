@@ -286,10 +286,11 @@ def test_a_server_that_dies_while_it_stands_still_breaks_the_calls(
             time.sleep(0.002)
         os.kill(doomed.pid, signal.SIGSTOP)
         os.kill(doomed.pid, signal.SIGKILL)
-        for call in running:
+        for call, gate in zip(running, gates, strict=True):
             error = call.exception(timeout=60)
             assert isinstance(error, ConnectError)
-            assert not error.unsent
+            # The model has one place: the other call may not even have been sent.
+            assert not (gate.with_suffix(".entered").exists() and error.unsent)
     for client in clients:
         with pytest.raises(TritonClientError) as caught:
             echo(client)
