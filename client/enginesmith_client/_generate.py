@@ -111,7 +111,6 @@ def _content_input(metadata: ModelMetadata, question: Question) -> dict[str, Arr
         if not isinstance(content, str):
             raise InvalidInput(f"the prompt must be a str; seen: {type(content).__name__}")
         return {TEXT_INPUT: _array([text_bytes(content, what="the prompt")], text_input)}
-    assert not isinstance(content, str) or question.is_conversation
     if question.template is not None:
         rendered = question.template.render(content)  # type: ignore[arg-type]
         return {TEXT_INPUT: _array([text_bytes(rendered, what="the prompt")], text_input)}
