@@ -9,7 +9,7 @@ from enginesmith_client._address import Protocol, address_from_url
 from enginesmith_client._calls import Calls
 from enginesmith_client._codec import Array
 from enginesmith_client._dispatch import Dispatcher
-from enginesmith_client._flow import run_async
+from enginesmith_client._flow_aio import run_async
 from enginesmith_client._limits import RateLimit
 from enginesmith_client._messages import (
     Classification,
@@ -24,7 +24,7 @@ from enginesmith_client._messages import (
 from enginesmith_client._requests import Envelope, Sequence_
 from enginesmith_client._retries import Retry
 from enginesmith_client._settings import Compression, ConnectionSettings, Tls
-from enginesmith_client._stream import AsyncResultStream
+from enginesmith_client._stream_aio import AsyncResultStream
 from enginesmith_client._text_methods_aio import AsyncTextMethods
 from enginesmith_client._transport import ASYNC_TRANSPORTS, AsyncTransport
 

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import inspect
 import threading
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from enginesmith_client._attempts import Attempts, Rules
 from enginesmith_client._deadline import Deadline
 from enginesmith_client._endpoints import Endpoint
 from enginesmith_client._errors import TritonClientError
-from enginesmith_client._flow import CloseStream, Flow, Open, Receive, run, run_async
+from enginesmith_client._flow import CloseStream, Flow, Open, Receive, run
 from enginesmith_client._messages import InferReply, InferRequest
+
+if TYPE_CHECKING:
+    from enginesmith_client._dispatched_stream_aio import AsyncDispatchedStream
 
 
 class StreamFlows:
@@ -70,6 +73,8 @@ class StreamFlows:
     def shell(self) -> DispatchedStream | AsyncDispatchedStream:
         """This stream for who reads it: threads or tasks, as the transport's own is."""
         if inspect.iscoroutinefunction(self._inner.receive):
+            from enginesmith_client._dispatched_stream_aio import AsyncDispatchedStream
+
             return AsyncDispatchedStream(self)
         return DispatchedStream(self)
 
@@ -145,16 +150,3 @@ class DispatchedStream:
 
     def close(self) -> None:
         run(self._stream.close())
-
-
-class AsyncDispatchedStream:
-    """``DispatchedStream`` for tasks."""
-
-    def __init__(self, stream: StreamFlows) -> None:
-        self._stream = stream
-
-    async def receive(self) -> InferReply | None:
-        return await run_async(self._stream.receive())
-
-    async def close(self) -> None:
-        await run_async(self._stream.close())

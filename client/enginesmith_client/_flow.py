@@ -1,15 +1,13 @@
 """Calls without input and output: a *flow* is a generator that yields steps and is sent their results.
 
-So every call is written once, and threads and tasks share it: ``run`` does the steps and waits, ``run_async`` awaits
-them. An error of a step is thrown into the flow, which may catch it. A flow never blocks by itself.
+So every call is written once, and threads and tasks share it: ``run`` does the steps and waits, ``run_async`` of
+``_flow_aio`` awaits them. An error of a step is thrown into the flow, which may catch it. A flow never blocks by itself.
 """
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Generator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
@@ -92,23 +90,6 @@ def run(flow: Flow[Result]) -> Result:
         flow.close()
 
 
-async def run_async(flow: Flow[Result]) -> Result:
-    """The result of ``flow``, its steps awaited; cancelling the task ends the flow where it is."""
-    try:
-        step = next(flow)
-        while True:
-            try:
-                result = await _act_async(step)
-            except TritonClientError as error:
-                step = flow.throw(error)
-            else:
-                step = flow.send(result)
-    except StopIteration as end:
-        return end.value  # type: ignore[no-any-return]
-    finally:
-        flow.close()
-
-
 def _act(step: Step) -> Any:
     if isinstance(step, Send):
         return step.transport.perform(step.operation, step.deadline)
@@ -128,6 +109,8 @@ def _act(step: Step) -> Any:
 
 
 def _together(step: Together) -> list[Any]:
+    from concurrent.futures import ThreadPoolExecutor
+
     with ThreadPoolExecutor(min(step.at_once, len(step.flows))) as pool:
         answers = [pool.submit(run, flow) for flow in step.flows]
         try:
@@ -135,39 +118,3 @@ def _together(step: Together) -> list[Any]:
         finally:
             for answer in answers:
                 answer.cancel()
-
-
-async def _act_async(step: Step) -> Any:
-    if isinstance(step, Send):
-        return await step.transport.perform(step.operation, step.deadline)
-    if isinstance(step, Receive):
-        try:
-            return await step.stream.receive()
-        except BaseException:  # A task that is cancelled leaves nobody who would read on.
-            await step.stream.close()
-            raise
-    if isinstance(step, Open):
-        return await step.transport.open(step.request, step.deadline)
-    if isinstance(step, Pause):
-        if step.until is None:
-            return await asyncio.sleep(step.seconds)
-        return await step.until.wait_async(step.seconds)
-    if isinstance(step, CloseStream):
-        return await step.stream.close()
-    return await _together_async(step)
-
-
-async def _together_async(step: Together) -> list[Any]:
-    room = asyncio.Semaphore(step.at_once)
-
-    async def one(flow: Flow[Any]) -> Any:
-        async with room:
-            return await run_async(flow)
-
-    tasks = [asyncio.ensure_future(one(flow)) for flow in step.flows]
-    try:
-        return list(await asyncio.gather(*tasks))
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)

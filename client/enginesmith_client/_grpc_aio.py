@@ -13,7 +13,7 @@ from enginesmith_client._address import Address
 from enginesmith_client._balance import LeastBusy
 from enginesmith_client._deadline import Deadline
 from enginesmith_client._errors import Call, error_from_status
-from enginesmith_client._flow import run_async
+from enginesmith_client._flow_aio import run_async
 from enginesmith_client._grpc_messages import (
     COMPRESSIONS,
     RPCS,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from enginesmith_client._address import Address
 from enginesmith_client._deadline import Deadline
 from enginesmith_client._errors import Call, InvalidInput, TritonClientError, error_from_status
-from enginesmith_client._flow import run_async
+from enginesmith_client._flow_aio import run_async
 from enginesmith_client._http import call_of
 from enginesmith_client._http_encoding import compressed, decompressed
 from enginesmith_client._http_events import (

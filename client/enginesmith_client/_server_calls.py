@@ -103,7 +103,7 @@ class ServerCalls:
         """The model configuration as JSON values."""
         _check_model(model, version)
         perform = self.dispatcher.perform(ReadConfig(model, version), self.deadline(timeout_s))
-        config: Json = yield from self._about(model, version, perform)
+        config: Json = yield from self._about(model, perform)
         return config
 
     def statistics(
@@ -112,7 +112,7 @@ class ServerCalls:
         """Counts and durations, one entry per loaded version."""
         _check_model(model, version)
         perform = self.dispatcher.perform(ReadStatistics(model, version), self.deadline(timeout_s))
-        return statistics_from_json((yield from self._about(model, version, perform)))
+        return statistics_from_json((yield from self._about(model, perform)))
 
     def load(
         self,
@@ -180,12 +180,12 @@ class ServerCalls:
         known = self._known.get((model, version))
         if known is not None:
             try:
-                return (yield from self._about(model, version, ask(known, deadline)))
+                return (yield from self._about(model, ask(known, deadline)))
             except InvalidInput:
                 if (yield from self._fetch_metadata(model, version, deadline)) == known:
                     raise
         current = yield from self._cached_metadata(model, version, deadline)
-        return (yield from self._about(model, version, ask(current, deadline)))
+        return (yield from self._about(model, ask(current, deadline)))
 
     def _cached_metadata(self, model: str, version: str, deadline: Deadline) -> Flow[ModelMetadata]:
         _check_model(model, version)
@@ -200,11 +200,11 @@ class ServerCalls:
 
         _check_model(model, version)
         self._known.pop((model, version), None)
-        metadata = yield from self._about(model, version, fetch())
+        metadata = yield from self._about(model, fetch())
         self._known[model, version] = metadata
         return metadata
 
-    def _about(self, model: str, version: str, flow: Flow[Result]) -> Flow[Result]:
+    def _about(self, model: str, flow: Flow[Result]) -> Flow[Result]:
         """The result of ``flow``; when the server does not serve the model, the error says which ones it does."""
         try:
             return (yield from flow)

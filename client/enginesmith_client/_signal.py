@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import threading
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import asyncio
 
 
 class Signal:
@@ -32,6 +35,8 @@ class Signal:
 
     async def wait_async(self, seconds: float) -> None:
         """Suspend this task."""
+        import asyncio
+
         woken = asyncio.Event()
         with self._lock:
             if self._event.is_set():

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from enginesmith_client._calls import Calls
 from enginesmith_client._chat import ChatTemplate, Message
-from enginesmith_client._flow import run_async
+from enginesmith_client._flow_aio import run_async
 from enginesmith_client._generate import Options, Question
 from enginesmith_client._messages import Generation
 from enginesmith_client._requests import Envelope
-from enginesmith_client._stream import AsyncTextStream
+from enginesmith_client._stream_aio import AsyncTextStream
 
 
 class AsyncTextMethods:
