@@ -80,7 +80,9 @@ def test_streams_that_fail_are_an_error_with_the_servers_words(tmp_path: Path, s
 
 @pytest.mark.server
 def test_a_decoupled_model_takes_no_single_requests(tmp_path: Path, server: TritonServer) -> None:
-    with pytest.raises(OperatorError, match=r"(?s)could not measure pieces.*Decoupled models must be run with"):
+    with pytest.raises(
+        OperatorError, match=r"(?s)could not measure pieces.*Decoupled models must be run with"
+    ):
         run_perf_analyzer(
             "pieces",
             [{"text_input": ["a"], "max_tokens": [5]}],
