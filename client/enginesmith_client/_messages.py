@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, TypeAlias
 
 from enginesmith_client._codec import Array
@@ -46,11 +47,24 @@ class ModelMetadata:
 
     def input(self, name: str) -> TensorMetadata | None:
         """The input called ``name``, or None."""
-        return next((tensor for tensor in self.inputs if tensor.name == name), None)
+        return self._inputs.get(name)
 
     def output(self, name: str) -> TensorMetadata | None:
         """The output called ``name``, or None."""
-        return next((tensor for tensor in self.outputs if tensor.name == name), None)
+        return self._outputs.get(name)
+
+    @cached_property
+    def required(self) -> frozenset[str]:
+        """The names of the inputs that every request must have."""
+        return frozenset(tensor.name for tensor in self.inputs if not tensor.optional)
+
+    @cached_property
+    def _inputs(self) -> dict[str, TensorMetadata]:
+        return {tensor.name: tensor for tensor in self.inputs}
+
+    @cached_property
+    def _outputs(self) -> dict[str, TensorMetadata]:
+        return {tensor.name: tensor for tensor in self.outputs}
 
 
 @dataclass(frozen=True)

@@ -87,14 +87,13 @@ def request_from_arrays(
         InvalidInput: a name, dtype, shape or batch size is not what the metadata says, or a required input is missing.
     """
     _check_names(metadata, inputs, outputs or ())
-    for name, array in inputs.items():
-        _check_array(metadata, name, array)
+    tensors = tuple(_wire_tensor(metadata, name, array) for name, array in inputs.items())
     _check_batch(metadata, inputs)
     return InferRequest(
         model=metadata.name,
         version=version,
         id=envelope.request_id,
-        inputs=tuple(_wire_tensor(metadata, name, array) for name, array in inputs.items()),
+        inputs=tensors,
         outputs=tuple(outputs or ()),
         parameters=_parameters(envelope, deadline),
         classes=classes,
@@ -119,9 +118,8 @@ def result_from_reply(reply: InferReply) -> InferResult:
     return InferResult(arrays, reply.model, reply.version, reply.id)
 
 
-def _check_names(metadata: ModelMetadata, inputs: Iterable[str], outputs: Iterable[str]) -> None:
-    given = set(inputs)
-    for name in given:
+def _check_names(metadata: ModelMetadata, inputs: Mapping[str, Array], outputs: Iterable[str]) -> None:
+    for name in inputs:
         if metadata.input(name) is None:
             raise _unknown_name(
                 metadata.name, "input", name, known=[tensor.name for tensor in metadata.inputs]
@@ -131,11 +129,11 @@ def _check_names(metadata: ModelMetadata, inputs: Iterable[str], outputs: Iterab
             raise _unknown_name(
                 metadata.name, "output", name, known=[tensor.name for tensor in metadata.outputs]
             )
-    missing = [tensor for tensor in metadata.inputs if not tensor.optional and tensor.name not in given]
-    if missing:
+    if not metadata.required <= inputs.keys():
+        missing = [tensor for tensor in metadata.inputs if not tensor.optional and tensor.name not in inputs]
         wanted = ", ".join(f"{tensor.name} ({tensor.datatype} {list(tensor.shape)})" for tensor in missing)
         raise InvalidInput(f"model {metadata.name!r} needs inputs that were not given: {wanted}")
-    if not given:
+    if not inputs:
         raise InvalidInput(
             f"no inputs were given to model {metadata.name!r}", hint="see client.metadata(model).inputs"
         )
@@ -147,9 +145,8 @@ def _unknown_name(model: str, kind: str, name: str, *, known: list[str]) -> Inva
     return InvalidInput(f"model {model!r} has no {kind} {name!r}", hint=hint)
 
 
-def _check_array(metadata: ModelMetadata, name: str, array: Array) -> None:
-    tensor = metadata.input(name)
-    assert tensor is not None, "names are checked first"
+def _check_array(metadata: ModelMetadata, tensor: TensorMetadata, array: Array) -> None:
+    name = tensor.name
     if not isinstance(array, np.ndarray):
         raise InvalidInput(
             f"input {name!r} is {type(array).__name__}; it must be a numpy array",
@@ -177,9 +174,12 @@ def _conversion(datatype: str) -> str:
 
 
 def _fits(shape: tuple[int, ...], tensor: TensorMetadata) -> bool:
-    return len(shape) == len(tensor.shape) and all(
-        wanted in (-1, size) for wanted, size in zip(tensor.shape, shape, strict=True)
-    )
+    if len(shape) != len(tensor.shape):
+        return False
+    for wanted, size in zip(tensor.shape, shape, strict=True):  # noqa: SIM110 - runs for every tensor of every request
+        if wanted not in (-1, size):
+            return False
+    return True
 
 
 def _shape_hint(metadata: ModelMetadata, tensor: TensorMetadata, shape: tuple[int, ...]) -> str | None:
@@ -193,13 +193,12 @@ def _shape_hint(metadata: ModelMetadata, tensor: TensorMetadata, shape: tuple[in
 def _check_batch(metadata: ModelMetadata, inputs: Mapping[str, Array]) -> None:
     if not metadata.max_batch_size:
         return
-    sizes = {name: array.shape[0] for name, array in inputs.items()}
-    if len(set(sizes.values())) > 1:
-        seen = ", ".join(f"{name}: {size}" for name, size in sizes.items())
+    size = next(iter(inputs.values())).shape[0]
+    if any(array.shape[0] != size for array in inputs.values()):
+        seen = ", ".join(f"{name}: {array.shape[0]}" for name, array in inputs.items())
         raise InvalidInput(
             f"all inputs of one request must have the same batch size (first dimension); seen: {seen}"
         )
-    size = next(iter(sizes.values()))
     if not 1 <= size <= metadata.max_batch_size:
         raise InvalidInput(
             f"model {metadata.name!r} takes batches of 1 to {metadata.max_batch_size}; seen: {size}",
@@ -210,6 +209,7 @@ def _check_batch(metadata: ModelMetadata, inputs: Mapping[str, Array]) -> None:
 def _wire_tensor(metadata: ModelMetadata, name: str, array: Array) -> WireTensor:
     tensor = metadata.input(name)
     assert tensor is not None, "names are checked first"
+    _check_array(metadata, tensor, array)
     try:
         data = bytes_from_array(array, tensor.datatype)
     except InvalidInput as error:
