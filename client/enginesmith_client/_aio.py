@@ -136,9 +136,10 @@ class AsyncClient(AsyncTextMethods):
         parameters: Mapping[str, Parameter] | None = None,
         priority: int | None = None,
         sequence: Sequence_ | None = None,
+        idempotent: bool | None = None,
     ) -> InferResult:
         """As ``Client.infer``."""
-        envelope = Envelope(request_id, priority, sequence, parameters)
+        envelope = Envelope(request_id, priority, sequence, parameters, idempotent)
         flow = self._calls.infer(
             model, inputs, outputs=outputs, envelope=envelope, version=version, timeout_s=timeout_s
         )

@@ -245,7 +245,8 @@ class Calls(ServerCalls):
             deadline=deadline,
             classes=classes,
         )
-        return result_from_reply((yield from self.dispatcher.perform(Infer(request), deadline)))
+        perform = self.dispatcher.perform(Infer(request), deadline, idempotent=envelope.idempotent)
+        return result_from_reply((yield from perform))
 
     def _open(
         self, metadata: ModelMetadata, request: InferRequest, deadline: Deadline, reading: Reading

@@ -146,14 +146,17 @@ class Client(TextMethods):
         parameters: Mapping[str, Parameter] | None = None,
         priority: int | None = None,
         sequence: Sequence_ | None = None,
+        idempotent: bool | None = None,
     ) -> InferResult:
         """The outputs of the model (all, or those named in ``outputs``) for ``inputs``.
 
         Arrays carry the batch dimension if the model has one. Names, dtypes and shapes are checked against the
         model's metadata before anything is sent; nothing is converted but float32 for BF16 inputs. ``sequence`` is
         for models that keep state between requests; ``parameters`` are further request parameters of Triton's.
+        ``idempotent`` says whether it may run twice, so that it is sent again when a connection broke; without it
+        the client's ``Retry`` says so.
         """
-        envelope = Envelope(request_id, priority, sequence, parameters)
+        envelope = Envelope(request_id, priority, sequence, parameters, idempotent)
         flow = self._calls.infer(
             model, inputs, outputs=outputs, envelope=envelope, version=version, timeout_s=timeout_s
         )

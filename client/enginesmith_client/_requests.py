@@ -53,6 +53,8 @@ class Envelope:
     priority: int | None = None
     sequence: Sequence_ | None = None
     parameters: Mapping[str, Parameter] | None = None
+    idempotent: bool | None = None
+    """Whether the request may be run twice; None: as the client's ``Retry`` says."""
 
 
 NO_ENVELOPE = Envelope()

@@ -141,6 +141,19 @@ def test_an_inference_that_may_have_run_is_sent_once_unless_it_is_idempotent(ser
     assert inferences(server) == 4
 
 
+def test_one_request_may_be_idempotent_where_the_client_says_nothing(server: FakeServer) -> None:
+    x = {"x": np.ones(1, np.float32)}
+    with server.client(retry=AT_ONCE) as client:
+        server.fail("same", ConnectError("reset"))
+        client.infer("same", x, idempotent=True)
+    assert inferences(server) == 2
+    with server.client(retry=Retry(backoff_s=0, idempotent=True)) as client:
+        server.fail("same", ConnectError("reset"))
+        with pytest.raises(ConnectError, match="reset"):
+            client.infer("same", x, idempotent=False)
+    assert inferences(server) == 3
+
+
 def test_a_request_of_a_sequence_is_never_repeated(server: FakeServer) -> None:
     with server.client(retry=Retry(backoff_s=0, idempotent=True)) as client:
         server.fail("same", ConnectError("reset"))
