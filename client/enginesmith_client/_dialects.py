@@ -2,7 +2,7 @@
 
 A model takes part by the tensors that its metadata lists, so a dialect holds names and nothing else. Sources:
 ``ensemble`` and ``tensorrt_llm_bls`` of TensorRT-LLM's ``inflight_batcher_llm``, its ``llmapi/tensorrt_llm``
-(release 1.2.1), and docs/models.md for what enginesmith's own models add.
+(release 1.2.1), and docs/serving.md for what enginesmith's own models add.
 """
 
 from __future__ import annotations
