@@ -292,6 +292,21 @@ def test_failure_of_the_engine_answers_everybody_and_the_next_request_works(engi
     assert after.generation.tokens == alone(engine_directory, after)
 
 
+def test_answer_that_was_there_before_a_failure_is_not_lost(engine_directory: Path) -> None:
+    done, broken = job_of(prompt(1), max_tokens=1), job_of(prompt(2))
+
+    def fail(_tokens: Sequence[int]) -> str:
+        raise RuntimeError("a broken tokenizer")
+
+    broken.text = AnswerText(fail)
+    with batching(engine_directory) as (engine, outbox):
+        engine.submit([done, broken])  # Both are prefilled before the first step.
+        updates = outbox.until_last(done, broken)
+
+    assert last_of(updates, done).finish_reason == "length"
+    assert last_of(updates, broken).failure == "internal"
+
+
 def test_closed_engine_has_answered_everybody_and_takes_nobody(engine_directory: Path) -> None:
     outbox, started = Outbox(), threading.Event()
     outbox.watch = lambda _update: started.set()

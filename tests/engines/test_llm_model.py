@@ -22,8 +22,46 @@ from enginesmith.triton.server import TritonServer
 pytestmark = pytest.mark.server
 
 
+WATCHING_MODEL = '''
+import threading
+from pathlib import Path
+
+import served_model
+
+
+class Watched:
+    """A request and its sender in one; notes which thread sends responses."""
+
+    def __init__(self, watched, log):
+        self._watched, self._log = watched, log
+
+    def __getattr__(self, name):
+        return getattr(self._watched, name)
+
+    def get_response_sender(self):
+        return Watched(self._watched.get_response_sender(), self._log)
+
+    def send(self, *args, **options):
+        with self._log.open("a") as log:
+            log.write(threading.current_thread().name + "\\n")
+        self._watched.send(*args, **options)
+
+
+class TritonPythonModel(served_model.TritonPythonModel):
+    def execute(self, requests):
+        log = Path(__file__).with_name("senders.log")
+        super().execute([Watched(request, log) for request in requests])
+'''
+
+
+def watch_senders(version: Path) -> None:
+    """Have a placed model write the names of the threads that send responses into ``senders.log``."""
+    (version / "model.py").rename(version / "served_model.py")
+    (version / "model.py").write_text(WATCHING_MODEL)
+
+
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("served")
     checkpoint = tiny_checkpoint(directory / "checkpoint")
     engine = with_end_tokens(lowered(checkpoint, directory / "engine"), [])
@@ -32,6 +70,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
     place_model(
         repository, "narrow", engine, checkpoint, max_batch_size=1, max_sequence_length=1024, max_queue_size=1
     )
+    place_model(repository, "watched", engine, checkpoint, max_batch_size=1, max_queue_size=1)
+    watch_senders(repository / "watched" / "1")
+    return repository
+
+
+@pytest.fixture(scope="module")
+def server(repository: Path) -> Iterator[TritonServer]:
     with serving_llm(repository) as running:
         yield running
 
@@ -261,6 +306,17 @@ def test_full_queue_refuses_at_once(server: TritonServer, stream: Stream) -> Non
         wait_for_metric(server, f"enginesmith_llm_{name}", 0, model="narrow")
     assert refused.error == "[UNAVAILABLE] the queue is full: 1 requests wait, at most 1 may; try again later"
     assert stream.ask("narrow", [b"text"]).error == ""
+
+
+def test_refusal_is_sent_by_the_thread_that_asks_senders(repository: Path, stream: Stream) -> None:
+    """tritonserver dies of SIGSEGV when a sender is asked whether it is cancelled while its final response is sent."""
+    for _ in range(6):
+        stream.send("watched", [b"text"], max_tokens=50)
+    replies = [stream.all()[-1] for _ in range(6)]
+
+    assert any("the queue is full" in reply.error for reply in replies)
+    log = repository / "watched" / "1" / "senders.log"
+    assert set(log.read_text().splitlines()) == {"responses"}
 
 
 def test_request_ends_at_its_own_timeout(stream: Stream) -> None:

@@ -136,7 +136,7 @@ class RefusedError(Exception):
 class BatchingEngine:
     """The ``Engine`` over one ``Runtime``.
 
-    ``emit`` is called in the engine's thread after every step, also with nothing new (so that its owner can look for
+    ``emit`` is called in the engine's thread before every step, also with nothing new (so that its owner can look for
     clients that left); it must not wait and must not raise. ``max_waiting`` and ``max_wait_s`` bound the queue; 0 is no bound.
     """
 
@@ -222,22 +222,19 @@ class BatchingEngine:
     def _turn(self) -> None:
         """One decoding step of all that is running, and what may happen before it."""
         self._emit(self._drop_ended())
-        if computed := self._prefill():
-            self._emit(computed)
+        self._prefill()
         if self._runtime.running:
             self._runtime.step()
-            self._emit(self._harvest())
+            self._harvest()
 
-    def _prefill(self) -> list[Update]:
+    def _prefill(self) -> None:
         """Compute prompts of waiting jobs, up to ``chunk_tokens`` tokens."""
-        updates: list[Update] = []
         budget = self._chunk_tokens
-        while budget > 0 and (self._runtime.prefilling is not None or self._admit(updates)):
+        while budget > 0 and (self._runtime.prefilling is not None or self._admit()):
             budget -= self._runtime.prefill(budget)
-            updates += self._harvest()
-        return updates
+            self._harvest()
 
-    def _admit(self, updates: list[Update]) -> bool:
+    def _admit(self) -> bool:
         """Give the job that has waited longest a slot; returns whether one was given."""
         while self._runtime.free_slots:
             with self._changed:
@@ -250,26 +247,30 @@ class BatchingEngine:
                 self._runtime.admit(job.generation)
             except PromptTooLongError as error:
                 self._forget(job)
-                updates.append(Update(job, failure="invalid", message=str(error)))
+                self._emit([Update(job, failure="invalid", message=str(error))])
                 continue
             self._prompt_tokens += len(job.generation.prompt)
             self._reused_tokens += job.generation.reused_tokens
             return True
         return False
 
-    def _harvest(self) -> list[Update]:
-        """What the runtime's last pass brought; finished sequences leave it."""
+    def _harvest(self) -> None:
+        """Emit what the runtime's last pass brought; finished sequences leave it."""
         updates = []
-        for generation in self._runtime.running:
-            job = self._active[id(generation)]
-            if job.streaming and generation.finish_reason is None and (update := job.take()):
-                updates.append(update)
-        for generation in self._runtime.retire():
-            job = self._active[id(generation)]
-            self._forget(job)
-            self._output_tokens += len(generation.tokens)
-            updates.append(_last_update(job))
-        return updates
+        try:
+            for generation in self._runtime.running:
+                job = self._active[id(generation)]
+                if job.streaming and generation.finish_reason is None and (update := job.take()):
+                    updates.append(update)
+            for generation in self._runtime.retire():
+                job = self._active[id(generation)]
+                updates.append(_last_update(job))
+                self._forget(job)
+                self._output_tokens += len(generation.tokens)
+        finally:
+            # Whatever fails here or later: nobody else has the last update of a job that is forgotten.
+            if updates:
+                self._emit(updates)
 
     def _drop_ended(self) -> list[Update]:
         """End jobs whose client left or whose time is up, wherever they are."""

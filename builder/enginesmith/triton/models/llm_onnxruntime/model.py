@@ -85,8 +85,6 @@ class TritonPythonModel:
                 self._start(sender, read_request(request, self._text, self._limits))
             except ValueError as error:
                 _send(sender, error_response(str(error), _CODES["invalid"]))
-            except RefusedError as error:
-                _send(sender, error_response(str(error), _CODES["busy"]))
             except Exception as error:  # noqa: BLE001 - the boundary of a request: no other may be hurt.
                 message = f"the request could not be read: {type(error).__name__}: {error}"
                 _send(sender, error_response(message, _CODES["internal"]))
@@ -104,10 +102,9 @@ class TritonPythonModel:
             self._requests[job] = started
         try:
             self._engine.submit(asked.jobs)
-        except RefusedError:
-            for job in asked.jobs:
-                del self._requests[job]
-            raise
+        except RefusedError as error:
+            # The other thread knows the request by now and may be asking its sender.
+            self._outbox.put([Update(job, failure="busy", message=str(error)) for job in asked.jobs])
 
     def _talk_to_triton(self) -> None:
         """Send what the engine brings, and after each of its steps look for clients that left."""
