@@ -333,10 +333,30 @@ def test_readme_shows_every_verb_of_tensorrt_llm_and_every_document() -> None:
     assert "Not yet run on a GPU" in readme
 
 
-def test_links_in_all_documents_lead_to_files() -> None:
-    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
-        for target in re.findall(r"\]\(([^)#]+)", path.read_text(encoding="utf-8")):
-            assert target.startswith("http") or (path.parent / target).exists(), f"{path.name}: {target}"
+DOCUMENTS = (
+    *(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")),
+    *(ROOT / name / "README.md" for name in ("benchmarks", "client")),
+    *sorted((ROOT / "docs").glob("*.md")),
+)
+
+
+@pytest.mark.parametrize("path", [pytest.param(path, id=str(path.relative_to(ROOT))) for path in DOCUMENTS])
+def test_links_lead_to_headings_of_files(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", path.read_text(encoding="utf-8")):
+        if target.startswith("http"):
+            continue
+        name, _, anchor = target.partition("#")
+        file = path.parent / name if name else path
+        assert file.exists(), target
+        assert not anchor or anchor in anchors_of(file.read_text(encoding="utf-8")), target
+
+
+def test_promises_name_tests_and_benchmarks_that_exist() -> None:
+    table = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").partition("## Promises")[2]
+    named = re.findall(r"`((?:tests|benchmarks)/[^`]+)`", table.partition("## ")[0])
+    assert named
+    for name in named:
+        assert list(ROOT.glob(name)), name
 
 
 def test_tree_in_the_readme_names_what_exists() -> None:
