@@ -211,12 +211,13 @@ class _Bench:
 
 
 def _greedy_alone(release: Release, text: Text, prompts: Sequence[Sequence[int]], tokens: int) -> list[str]:
-    """What the engine generates for each prompt by itself."""
+    """What the engine, as it is served, generates for each prompt by itself."""
     runtime = Runtime(
         release.directory,
-        slots=1,
+        slots=2,
         capacity=release.serving["max_sequence_length"],
         threads=release.serving["threads"],
+        batch_invariant=release.serving["batch_invariant"],
     )
     sampling = Sampling(max_tokens=tokens, min_tokens=tokens)
     return [text.decode(runtime.generate([ids], sampling)[0].tokens) for ids in prompts]

@@ -153,6 +153,7 @@ def package_params(spec: ModelSpec, name: str, target: OnnxRuntimeTarget) -> Par
         "threads": target.threads,
         "kv_cache": target.kv_cache.model_dump(mode="json"),
         "prefill_chunk_tokens": target.prefill_chunk_tokens,
+        "batch_invariant": target.batch_invariant,
     }
 
 

@@ -57,9 +57,13 @@ class OnnxRuntimeTarget(TargetPart):
     threads: int = Field(default=0, ge=0, description="Intra-op threads of each instance; 0 means all cores.")
     kv_cache: KvCacheMemory = KvCacheMemory()
     prefill_chunk_tokens: int = Field(
-        default=256,
+        default=64,
         ge=16,
         description="Prompt tokens computed at most between two tokens of running answers: long prompts do not stall them.",
+    )
+    batch_invariant: bool = Field(
+        default=True,
+        description="Never compute one row alone, because kernels for one row round differently: an answer then does not depend on what else runs. A lone request is slower for it.",
     )
 
 

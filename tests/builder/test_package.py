@@ -57,6 +57,7 @@ def context(tmp_path: Path) -> Context:
         "threads": 2,
         "kv_cache": KvCacheMemory().model_dump(mode="json"),
         "prefill_chunk_tokens": 128,
+        "batch_invariant": True,
     }
     made = Context(tmp_path, params)
     for name in ("model.onnx", "exact.onnx", "weights.bin"):
@@ -95,6 +96,7 @@ def test_the_package_is_a_complete_model_directory(context: Context) -> None:
         "max_queue_size": 0,
         "queue_timeout_us": 0,
         "prefill_chunk_tokens": 128,
+        "batch_invariant": True,
         "kv_cache": {"reuse": True, "reuse_tokens": 4096, "tokens_per_block": 32},
     }
     config = parse_config((model / "config.pbtxt").read_text())

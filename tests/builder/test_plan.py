@@ -116,7 +116,11 @@ MATRIX: dict[str, tuple[Document, Changed]] = {
         _all(("package", "rehearse"), VARIANTS),
     ),
     "prefill chunks": (
-        {"targets": [{"runtime": "onnxruntime", "prefill_chunk_tokens": 64}]},
+        {"targets": [{"runtime": "onnxruntime", "prefill_chunk_tokens": 128}]},
+        _all(("package", "rehearse"), VARIANTS),
+    ),
+    "batch invariance": (
+        {"targets": [{"runtime": "onnxruntime", "batch_invariant": False}]},
         _all(("package", "rehearse"), VARIANTS),
     ),
     "threads": (

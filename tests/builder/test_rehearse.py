@@ -71,6 +71,7 @@ def packaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "threads": 1,
         "kv_cache": KvCacheMemory(tokens_per_block=16).model_dump(mode="json"),
         "prefill_chunk_tokens": 16,
+        "batch_invariant": True,
     }
     inputs = {"engine": engine.out, "verdict": root / "verdict", "checkpoint": checkpoint}
     context = Context(root / "package", params, inputs)

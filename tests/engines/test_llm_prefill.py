@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from checkpoint_factory import tiny_checkpoint
-from engine_cases import edit_tensors, lowered
+from engine_cases import edit_tensors, lowered, quantized
 from llm_engines import random_prompt, with_end_tokens
 
 from enginesmith.triton.models.llm_onnxruntime.llm_prefix import PrefixCache
@@ -39,7 +39,7 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return with_end_tokens(lowered(checkpoint, directory / "engine"), [])
 
 
-def runtime_of(engine: Path, **options: int) -> Runtime:
+def runtime_of(engine: Path, **options: Any) -> Runtime:
     return Runtime(engine, **{"slots": 3, "capacity": 96, "threads": 1, **options})
 
 
@@ -111,6 +111,54 @@ def test_known_beginning_is_not_computed_again_and_the_answer_stays(engine: Path
 def test_last_token_of_a_known_prompt_is_computed(engine: Path) -> None:
     runtime = runtime_of(engine, reuse_tokens=64, tokens_per_block=8)
     first, again = (runtime.generate([random_prompt(16)], GREEDY)[0] for _ in range(2))
+    assert again.reused_tokens == 8
+    assert again.tokens == first.tokens
+
+
+@pytest.fixture(scope="module")
+def rounding_engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """8-bit weights with INT8 activations inside the kernels, whose rounding is what batch sizes can change."""
+    directory = tmp_path_factory.mktemp("rounding")
+    checkpoint = quantized(tiny_checkpoint(directory / "checkpoint"), directory / "quantized", "int8_wo")
+    return with_end_tokens(lowered(checkpoint, directory / "engine", mode="fast"), [])
+
+
+def test_batch_invariant_answers_have_the_same_log_probabilities_in_any_company(
+    rounding_engine: Path,
+) -> None:
+    sampling = Sampling(max_tokens=12, logprobs=True)
+    runtime = runtime_of(rounding_engine, slots=5, batch_invariant=True)
+    prompts = [random_prompt(6 + seed, seed=seed) for seed in range(5)]
+    together = runtime.generate(prompts, sampling)
+    for prompt, sequence in zip(prompts, together, strict=True):
+        (alone,) = runtime.generate([prompt], sampling)
+        assert (alone.tokens, alone.logprobs) == (sequence.tokens, sequence.logprobs)
+
+
+def test_lone_batch_invariant_sequence_and_the_prefill_beside_it_do_not_disturb_each_other(
+    rounding_engine: Path,
+) -> None:
+    runtime = runtime_of(rounding_engine, slots=2, batch_invariant=True)
+    running = Generation(random_prompt(5, seed=1), Sampling(max_tokens=20))
+    late = Generation(random_prompt(33, seed=2), GREEDY)
+    runtime.start(running)
+    runtime.admit(late)
+    computed = []
+    while runtime.prefilling is not None:
+        runtime.step()
+        computed.append(runtime.prefill(8))
+    while runtime.running:
+        runtime.step()
+        runtime.retire()
+
+    assert computed == [8, 8, 8, 7, 2]
+    for sequence in (running, late):
+        assert sequence.tokens == runtime.generate([sequence.prompt], sequence.sampling)[0].tokens
+
+
+def test_batch_invariant_reuse_leaves_two_tokens_to_compute(engine: Path) -> None:
+    runtime = runtime_of(engine, reuse_tokens=64, tokens_per_block=8, batch_invariant=True)
+    first, again = (runtime.generate([random_prompt(17)], GREEDY)[0] for _ in range(2))
     assert again.reused_tokens == 8
     assert again.tokens == first.tokens
 

@@ -73,7 +73,13 @@ def read_subject(package: Path) -> Subject:
     serving = json.loads((version / "serving.json").read_text(encoding="utf-8"))
     limit = int(serving["max_prompt_length"])
     text = Text(version)
-    runtime = Runtime(version, slots=1, capacity=serving["max_sequence_length"], threads=serving["threads"])
+    runtime = Runtime(
+        version,
+        slots=min(2, serving["max_batch_size"]),
+        capacity=serving["max_sequence_length"],
+        threads=serving["threads"],
+        batch_invariant=serving["batch_invariant"],
+    )
 
     def answer_to(ids: Sequence[int]) -> Any:
         return runtime.generate([ids], Sampling(max_tokens=MAX_TOKENS, logprobs=True))[0]

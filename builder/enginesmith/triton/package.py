@@ -94,6 +94,7 @@ def _write_serving(path: Path, params: Mapping[str, Any], serving: Serving) -> N
         "max_queue_size": queue.max_queue_size,
         "queue_timeout_us": queue.default_timeout_us,
         "prefill_chunk_tokens": params["prefill_chunk_tokens"],
+        "batch_invariant": params["batch_invariant"],
         "kv_cache": {
             name: params["kv_cache"][name] for name in ("reuse", "reuse_tokens", "tokens_per_block")
         },

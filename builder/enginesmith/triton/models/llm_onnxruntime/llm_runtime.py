@@ -72,6 +72,10 @@ class Runtime:
     ``slots`` sequences run at once, each of at most ``capacity`` tokens, prompt and answer together. ``reuse_tokens``
     tokens of finished prompts are kept for prompts that begin the same way, in blocks of ``tokens_per_block``. The
     key/value memory is bounded by both and is taken from the system as it is first written.
+
+    Kernels for one row round differently from those for more, which give each row the same bits at any batch size (seen
+    with MatMulNBits of ONNX Runtime 1.32). A ``batch_invariant`` runtime with room for two therefore never computes one
+    row alone, so that an answer does not depend on what else is running; a lone sequence is slower for it.
     """
 
     def __init__(
@@ -84,9 +88,11 @@ class Runtime:
         graph: str = "model.onnx",
         reuse_tokens: int = 0,
         tokens_per_block: int = 32,
+        batch_invariant: bool = False,
     ) -> None:
         self.engine = _read_engine(directory / "engine.json", capacity)
         self.slots, self.capacity = slots, capacity
+        self._least_rows = 2 if batch_invariant and slots > 1 else 1
         self.end_ids = frozenset(self.engine["eos_token_ids"])
         self._session = create_session(directory / graph, self.engine, threads)
         self._names = [
@@ -156,7 +162,9 @@ class Runtime:
             sequence.end_ids = self.end_ids
         slot = len(self.running)
         if self.prefixes is not None:
-            sequence.reused_tokens = self.prefixes.load(sequence.prompt, self._cache[:, slot])
+            # All but the last token may be reused, or all but as many as must be computed at once.
+            reusable = sequence.prompt[: len(sequence.prompt) + 1 - self._least_rows]
+            sequence.reused_tokens = self.prefixes.load(reusable, self._cache[:, slot])
         self._prefill = _Prefill(sequence, slot, sequence.reused_tokens)
 
     def prefill(self, max_tokens: int) -> int:
@@ -169,6 +177,8 @@ class Runtime:
         prompt = prefill.sequence.prompt
         start = prefill.done
         stop = min(len(prompt), start + max_tokens)
+        if 0 < len(prompt) - stop < self._least_rows:
+            stop = max(start + 1, stop - 1)
         logits = self._compute(prompt[start:stop], prefill.slot, before=start)
         prefill.done = stop
         if stop == len(prompt):
@@ -182,7 +192,9 @@ class Runtime:
         for slot, sequence in enumerate(self.running):
             self._ids[slot, 0] = sequence.tokens[-1]
             self._mask[slot, sequence.length] = 1
-        self._session.run_with_iobinding(self._binding(count))
+        if count < self._least_rows:
+            self._fill_row(count)
+        self._session.run_with_iobinding(self._binding(max(count, self._least_rows)))
         for slot in range(count):
             self._accept(slot, self._logits[slot, 0])
 
@@ -260,6 +272,13 @@ class Runtime:
         self._session.run_with_iobinding(binding)
         chosen: Logits = logits[0]
         return chosen
+
+    def _fill_row(self, slot: int) -> None:
+        """Let a row be computed that nobody reads. What it writes into its slot, a prefill there writes over."""
+        done = self._prefill.done if self._prefill is not None and self._prefill.slot == slot else 0
+        self._ids[slot, 0] = 0
+        self._mask[slot] = 0
+        self._mask[slot, : done + 1] = 1
 
     def _accept(self, slot: int, logits: Logits) -> None:
         sequence = self.running[slot]

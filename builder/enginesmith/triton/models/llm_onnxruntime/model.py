@@ -66,6 +66,7 @@ class TritonPythonModel:
             threads=serving["threads"],
             reuse_tokens=cache["reuse_tokens"] if cache["reuse"] else 0,
             tokens_per_block=cache["tokens_per_block"],
+            batch_invariant=serving.get("batch_invariant", False),
         )
         self._engine: Engine = BatchingEngine(
             runtime,
