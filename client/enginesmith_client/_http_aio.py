@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from enginesmith_client._address import Address
 from enginesmith_client._deadline import Deadline
 from enginesmith_client._errors import Call, InvalidInput, TritonClientError, error_from_status
+from enginesmith_client._event_loop import OwnLoop
 from enginesmith_client._flow_aio import run_async
 from enginesmith_client._http import call_of
 from enginesmith_client._http_encoding import compressed, decompressed
@@ -36,12 +37,14 @@ class AsyncHttpTransport:
 
     def __init__(self, address: Address, settings: ConnectionSettings) -> None:
         self._process = OwnProcess()
+        self._loop = OwnLoop()
         self._wire = _Wire(address, settings)
         self._memory = shared_memory_over(self._wire, settings)
 
     async def perform(self, operation: Operation, deadline: Deadline) -> Any:
         """As ``AsyncTransport.perform``."""
         self._process.require()
+        self._loop.require()
         if self._memory is not None and type(operation) is Infer:
             return await run_async(self._memory.infer(operation, deadline))
         return await self._wire.perform(operation, deadline)
@@ -49,6 +52,7 @@ class AsyncHttpTransport:
     async def open(self, request: InferRequest, deadline: Deadline) -> AsyncHttpReplyStream:
         """As ``AsyncTransport.open``."""
         self._process.require()
+        self._loop.require()
         return await self._wire.open(request, deadline)
 
     async def close(self) -> None:

@@ -228,3 +228,18 @@ def test_models_are_loaded_and_unloaded(ask: Callable[[Ask], Any]) -> None:
         assert await client.is_ready("changing")
 
     ask(question)
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+def test_a_client_in_another_event_loop_is_told_so(server: RunningServer, protocol: str) -> None:
+    first, second = asyncio.new_event_loop(), asyncio.new_event_loop()
+    client = AsyncClient(server.url(protocol), timeout_s=30)
+    try:
+        assert first.run_until_complete(client.is_ready())
+        with pytest.raises(InvalidInput, match="used in another event loop"):
+            second.run_until_complete(client.is_ready())
+        assert first.run_until_complete(client.is_ready())
+    finally:
+        first.run_until_complete(client.close())
+        first.close()
+        second.close()
