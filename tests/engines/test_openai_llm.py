@@ -94,6 +94,15 @@ def test_drawn_choices_differ_and_their_seed_repeats_them(client: openai.OpenAI)
     assert draw() == first
 
 
+def test_a_question_asked_again_without_a_seed_is_drawn_anew(client: openai.OpenAI) -> None:
+    answers = {
+        client.completions.create(model="llm", prompt="hello", temperature=1.5, max_tokens=16).choices[0].text
+        for _ in range(3)
+    }
+
+    assert len(answers) == 3
+
+
 def test_a_prompt_that_is_too_long_is_the_callers_error(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         client.completions.create(model="llm", prompt="hello " * 5000)

@@ -170,9 +170,9 @@ def _options(
 ) -> dict[str, Any]:
     """What the request says, for the client; choices differ in their seeds."""
     seed = request.seed
-    if request.choices > 1:
-        # Some models take a missing seed for 0, and all choices would be one.
-        seed = ((secrets.randbits(63) if seed is None else seed) + choice) % _SEEDS
+    if seed is None and (request.choices > 1 or request.temperature):
+        # Some models take a missing seed for 0: all choices, and all answers to one question, would be the same.
+        seed = secrets.randbits(63)
     return {
         "max_tokens": max_tokens,
         "min_tokens": request.min_tokens,
@@ -182,7 +182,7 @@ def _options(
         "repetition_penalty": request.repetition_penalty,
         "presence_penalty": request.presence_penalty,
         "frequency_penalty": request.frequency_penalty,
-        "seed": None if seed is None else seed % _SEEDS,
+        "seed": None if seed is None else (seed + choice) % _SEEDS,
         "stop": request.stop or None,
         "logprobs": request.wants_logprobs,
         "request_id": f"{request_id}-{choice}" if request.choices > 1 else request_id,
