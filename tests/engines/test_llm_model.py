@@ -60,6 +60,18 @@ def watch_senders(version: Path) -> None:
     (version / "model.py").write_text(WATCHING_MODEL)
 
 
+UNKNOWN = "<|unknown|>"
+"""A token that the tokenizer of "narrow" knows and its model does not."""
+
+
+def add_token(tokenizer: Path, content: str) -> None:
+    """Have ``tokenizer.json`` know one more token than the model."""
+    document = json.loads(tokenizer.read_text())
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    document["added_tokens"].append({"id": VOCAB_SIZE, "content": content, "special": True, **flags})
+    tokenizer.write_text(json.dumps(document))
+
+
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("served")
@@ -70,6 +82,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place_model(
         repository, "narrow", engine, checkpoint, max_batch_size=1, max_sequence_length=1024, max_queue_size=1
     )
+    add_token(repository / "narrow" / "1" / "tokenizer.json", UNKNOWN)
     place_model(repository, "watched", engine, checkpoint, max_batch_size=1, max_queue_size=1)
     watch_senders(repository / "watched" / "1")
     return repository
@@ -242,6 +255,25 @@ def test_bad_request_gets_its_own_error_and_the_others_their_answers(
     bad = stream.ask("llm", None if text is None else [text], **inputs)
     assert message in bad.error
     assert stream.ask("llm", [b"good"]).error == ""
+
+
+def test_token_that_only_the_tokenizer_knows_hurts_no_other_request(
+    server: TritonServer, stream: Stream
+) -> None:
+    with stream_to(server.grpc_url) as other:
+        other.send("narrow", [b"text"], max_tokens=300, stream=True)
+        other.receive()
+        refused = stream.ask("narrow", [f"a {UNKNOWN}".encode()], max_tokens=2)
+        ended = stream.ask("narrow", [b"text"], max_tokens=2, min_tokens=1, end_id=VOCAB_SIZE)
+        last = other.all()[-1]
+    banned = stream.ask("narrow", [b"text"], max_tokens=2, bad_words=[UNKNOWN.encode()])
+
+    assert refused.error == (
+        "[INVALID_ARG] text_input holds '<|unknown|>', token 512 of the tokenizer; the model has tokens up to 511"
+    )
+    assert ended.error == "[INVALID_ARG] end_id is 512; allowed: -1 (none) to 511"
+    assert (last.error, last.finish_reason) == ("", "length")
+    assert banned.error == ""
 
 
 def test_rows_cannot_be_streamed(stream: Stream) -> None:

@@ -93,7 +93,10 @@ class Runtime:
         self.engine = _read_engine(directory / "engine.json", capacity)
         self.slots, self.capacity = slots, capacity
         self._least_rows = 2 if batch_invariant and slots > 1 else 1
-        self.end_ids = frozenset(self.engine["eos_token_ids"])
+        # Configurations name tokens that the model does not have; those can neither come about nor be banned.
+        self.end_ids = frozenset(
+            end for end in self.engine["eos_token_ids"] if end < self.engine["vocab_size"]
+        )
         self._session = create_session(directory / graph, self.engine, threads)
         self._names = [
             f"{layer}.{part}" for layer in range(self.engine["layers"]) for part in ("key", "value")
@@ -133,6 +136,11 @@ class Runtime:
     def prefilling(self) -> Generation | None:
         """The sequence that was admitted and whose prompt is not computed yet."""
         return self._prefill.sequence if self._prefill else None
+
+    @property
+    def prefill_left(self) -> int:
+        """How many tokens of the admitted prompt are not computed yet."""
+        return len(self._prefill.sequence.prompt) - self._prefill.done if self._prefill else 0
 
     def start(self, sequence: Generation) -> None:
         """Prefill ``sequence`` and choose its first token.

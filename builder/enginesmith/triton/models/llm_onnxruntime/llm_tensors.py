@@ -37,6 +37,8 @@ class Limits:
     max_prompt_tokens: int
     default_max_tokens: int
     tokens_per_block: int
+    vocabulary: int
+    """Tokens that the model has. Its tokenizer may know more, as after a token for padding was added to it alone."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,11 @@ def _prompt(row: Mapping[str, Any], text: Text, limits: Limits) -> tuple[list[in
         raise ValueError("text_input is empty: the prompt has no tokens")
     if len(prompt) > limit:
         raise ValueError(f"the prompt has {len(prompt)} tokens; this model accepts at most {limit}")
+    if (largest := max(prompt)) >= limits.vocabulary:
+        name = text.token_bytes(largest).decode(errors="replace")
+        raise ValueError(
+            f"{given[0]} holds {name!r}, token {largest} of the tokenizer; the model has tokens up to {limits.vocabulary - 1}"
+        )
     return prompt, "" if chat else written
 
 
@@ -145,15 +152,17 @@ def _sampling(row: Mapping[str, Any], text: Text, limits: Limits) -> Sampling:
         raise ValueError(f"beam_width is {beams}; allowed: 1 (this model samples, it does not search)")
     given = {name: kind(_one(row, name)) for name, kind in _SAMPLING_INPUTS.items() if name in row}
     words = [_utf8(word, "bad_words") for word in row.get("bad_words", ()) if word]
+    bad_words = (ids for word in words for ids in text.word_ids(word))
     end_ids = None
     if "end_id" in row:
         end_id = int(_one(row, "end_id"))
-        if not -1 <= end_id < text.vocabulary_size:
-            raise ValueError(f"end_id is {end_id}; allowed: -1 (none) to {text.vocabulary_size - 1}")
+        known = min(text.vocabulary_size, limits.vocabulary)
+        if not -1 <= end_id < known:
+            raise ValueError(f"end_id is {end_id}; allowed: -1 (none) to {known - 1}")
         end_ids = frozenset({end_id} - {-1})
     return Sampling(
         **{"max_tokens": limits.default_max_tokens, **given},
-        bad_words=tuple(ids for word in words for ids in text.word_ids(word)),
+        bad_words=tuple(ids for ids in bad_words if max(ids) < limits.vocabulary),
         end_ids=end_ids,
         logprobs=_flag(row, "return_log_probs"),
     )

@@ -52,9 +52,6 @@ class TritonPythonModel:
         directory = Path(args["model_repository"]) / args["model_version"]
         serving: dict[str, Any] = json.loads((directory / "serving.json").read_text())
         cache = {"reuse": True, "reuse_tokens": 4096, "tokens_per_block": 32, **serving.get("kv_cache", {})}
-        self._limits = Limits(
-            serving["max_prompt_length"], serving["default_max_tokens"], cache["tokens_per_block"]
-        )
         self._text = Text(directory)
         self._metrics = Metrics(args["model_name"], args["model_version"])
         self._requests: dict[Job, Request] = {}
@@ -68,10 +65,16 @@ class TritonPythonModel:
             tokens_per_block=cache["tokens_per_block"],
             batch_invariant=serving.get("batch_invariant", False),
         )
+        self._limits = Limits(
+            serving["max_prompt_length"],
+            serving["default_max_tokens"],
+            cache["tokens_per_block"],
+            vocabulary=runtime.engine["vocab_size"],
+        )
         self._engine: Engine = BatchingEngine(
             runtime,
             self._outbox.put,
-            chunk_tokens=serving.get("prefill_chunk_tokens", 128),
+            chunk_tokens=serving.get("prefill_chunk_tokens", 64),
             max_waiting=serving.get("max_queue_size", 0),
             max_wait_s=serving.get("queue_timeout_us", 0) / 1e6,
         )
