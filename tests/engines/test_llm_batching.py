@@ -106,6 +106,30 @@ def test_answers_in_flight_equal_answers_alone(engine_directory: Path) -> None:
         assert last_of(updates, job).finish_reason == "length"
 
 
+def test_prompts_are_cut_at_the_same_tokens_whoever_else_asks(engine_directory: Path) -> None:
+    pieces: dict[int, list[int]] = {}
+
+    class Recording(Runtime):
+        def prefill(self, max_tokens: int) -> int:
+            assert self.prefilling is not None
+            sequence = self.prefilling
+            computed = super().prefill(max_tokens)
+            pieces.setdefault(len(sequence.prompt), []).append(computed)
+            return computed
+
+    jobs = [job_of(prompt(length, length=length)) for length in (5, 21, 6, 8, 7, 17)]
+    outbox = Outbox()
+    engine = BatchingEngine(
+        Recording(engine_directory, slots=3, capacity=64, threads=1), outbox, chunk_tokens=8
+    )
+    try:
+        engine.submit(jobs)
+        outbox.until_last(*jobs)
+    finally:
+        engine.close()
+    assert pieces == {5: [5], 21: [8, 8, 5], 6: [6], 8: [8], 7: [7], 17: [8, 8, 1]}
+
+
 def test_request_joins_the_running_batch_and_leaves_it_first(engine_directory: Path) -> None:
     long, short = job_of(prompt(1), max_tokens=40), job_of(prompt(2), max_tokens=3)
     with batching(engine_directory) as (engine, outbox):

@@ -228,10 +228,16 @@ class BatchingEngine:
             self._harvest()
 
     def _prefill(self) -> None:
-        """Compute prompts of waiting jobs, up to ``chunk_tokens`` tokens."""
-        budget = self._chunk_tokens
-        while budget > 0 and (self._runtime.prefilling is not None or self._admit()):
-            budget -= self._runtime.prefill(budget)
+        """Compute prompts of waiting jobs, up to ``chunk_tokens`` tokens.
+
+        A prompt is cut every ``chunk_tokens`` tokens and nowhere else: other pieces would round differently, and an answer
+        would depend on who else came.
+        """
+        left = self._chunk_tokens
+        while self._runtime.prefilling is not None or self._admit():
+            if min(self._chunk_tokens, self._runtime.prefill_left) > left:
+                return
+            left -= self._runtime.prefill(self._chunk_tokens)
             self._harvest()
 
     def _admit(self) -> bool:
