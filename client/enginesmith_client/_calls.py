@@ -136,7 +136,7 @@ class Calls(ServerCalls):
             while reply is not None:
                 reading.read_item(reply)
                 reply = (yield Receive(reading.stream)) if reading.stream is not None else None
-        except TritonClientError:
+        except Exception:
             if reading.stream is not None:
                 yield CloseStream(reading.stream)
             raise

@@ -97,6 +97,7 @@ _NAMED_STATUSES: dict[str, Status] = {
     "INVALID_ARG": "invalid_argument",
     "UNAVAILABLE": "unavailable",
     "CANCELLED": "cancelled",
+    "DEADLINE_EXCEEDED": "deadline",
     "INTERNAL": "internal",
 }
 

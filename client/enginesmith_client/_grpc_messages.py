@@ -63,7 +63,7 @@ _MAX_MESSAGE_BYTES = 2**31 - 1
 # enginesmith builds begin the text with the name of the status, which _errors reads; others are known by their words.
 _STREAM_TEXTS: tuple[tuple[str, Status], ...] = (
     ("exceeds maximum queue size", "unavailable"),
-    ("request timeout expired", "deadline"),
+    ("request timeout expired", "unavailable"),
     ("inference input", "invalid_argument"),
     ("unexpected shape", "invalid_argument"),
     ("unexpected datatype", "invalid_argument"),

@@ -3,6 +3,7 @@
 import pytest
 
 from enginesmith_client import (
+    Cancelled,
     ConnectError,
     DeadlineExceeded,
     InvalidInput,
@@ -33,6 +34,13 @@ STOPPING = "Server is stopping, scheduler for model has stopped accepting new in
         ("not_found", "no row 7 in the table of the model", ServerError),
         ("unimplemented", "not supported", ServerError),
         ("internal", "out of memory", ServerError),
+        # How models that enginesmith builds name the status where the protocol has none.
+        ("internal", "[INVALID_ARG] temperature is -1", InvalidInput),
+        ("invalid_argument", "[UNAVAILABLE] the queue is full", Overloaded),
+        ("invalid_argument", "[CANCELLED] the request was cancelled", Cancelled),
+        ("internal", "[DEADLINE_EXCEEDED] the request's timeout has passed", DeadlineExceeded),
+        ("invalid_argument", "[INTERNAL] the engine produced nan", ServerError),
+        ("invalid_argument", "[SOMETHING] else", InvalidInput),
     ],
 )
 def test_an_answer_has_the_class_of_what_the_caller_can_do(

@@ -24,8 +24,9 @@ else:  # Beside the engine, where there is no package.
 
 _LOG = logging.getLogger(__name__)
 
-Failure = Literal["invalid", "busy", "cancelled", "internal"]
-"""By who must act: the client; nobody, try again later; nobody, the client left; the operator."""
+Failure = Literal["invalid", "busy", "late", "cancelled", "internal"]
+"""By who must act: the client; nobody, try again later; nobody, the time that the client gave is over; nobody, the
+client left; the operator."""
 
 
 @dataclass(eq=False)
@@ -299,12 +300,16 @@ class BatchingEngine:
 
     def _ended_waiting(self, job: Job, now_ns: int) -> Update | None:
         waited_s = (now_ns - job.arrived_ns) / 1e9
-        limits = [limit for limit in (job.timeout_s, self._max_wait_s) if limit]
         if job.cancelled:
             return Update(job, failure="cancelled", message="the request was cancelled")
-        if limits and waited_s > min(limits):
-            message = f"the request waited {waited_s:.3f} s for a free slot, at most {min(limits):g} s are allowed; try again later"
-            return Update(job, failure="busy", message=message)
+        limits: tuple[tuple[float | None, Failure], ...] = (
+            (job.timeout_s, "late"),
+            (self._max_wait_s, "busy"),
+        )
+        for limit_s, failure in limits:
+            if limit_s and waited_s > limit_s:
+                message = f"the request waited {waited_s:.3f} s for a free slot, at most {limit_s:g} s are allowed; try again later"
+                return Update(job, failure=failure, message=message)
         return None
 
     def _forget(self, job: Job) -> None:
@@ -326,7 +331,7 @@ def _ended_running(job: Job, now_ns: int) -> Update | None:
     if job.timeout_s and (now_ns - job.arrived_ns) / 1e9 > job.timeout_s:
         count = len(job.generation.tokens)
         message = f"the request's timeout of {job.timeout_s:g} s has passed after {count} tokens"
-        return Update(job, failure="cancelled", message=message)
+        return Update(job, failure="late", message=message)
     return None
 
 

@@ -189,11 +189,12 @@ def _utf8(value: bytes | str, name: str) -> str:
 
 
 def error_response(message: str, code: str) -> Any:
-    """A refusal or a failure; ``code`` is the name of one in ``pb_utils.TritonError``.
+    """A refusal or a failure; ``code`` is the name of one in ``pb_utils.TritonError``, or DEADLINE_EXCEEDED, which it lacks.
 
     The message begins with the name, because tritonserver sends no code with an error in a stream.
     """
-    error = pb_utils.TritonError(f"[{code}] {message}", getattr(pb_utils.TritonError, code))
+    sent = getattr(pb_utils.TritonError, "CANCELLED" if code == "DEADLINE_EXCEEDED" else code)
+    error = pb_utils.TritonError(f"[{code}] {message}", sent)
     return pb_utils.InferenceResponse(error=error)
 
 

@@ -27,10 +27,11 @@ _METRICS_PERIOD_S = 0.25
 _CODES: Mapping[Failure, str] = {
     "invalid": "INVALID_ARG",
     "busy": "UNAVAILABLE",
+    "late": "DEADLINE_EXCEEDED",
     "cancelled": "CANCELLED",
     "internal": "INTERNAL",
 }
-"""Names in ``pb_utils.TritonError``."""
+"""How errors are named in their text."""
 
 
 @dataclass(eq=False)
@@ -122,8 +123,11 @@ class TritonPythonModel:
                 return
             for update in updates:
                 self._pass_on_or_fail(update)
-            self._look_for_cancelled()
-            self._metrics.show(self._engine.load())
+            try:
+                self._look_for_cancelled()
+                self._metrics.show(self._engine.load())
+            except Exception as error:  # noqa: BLE001 - the boundary of the thread: without it nobody is answered any more.
+                pb_utils.Logger.log_error(f"looking after requests failed: {type(error).__name__}: {error}")
 
     def _pass_on_or_fail(self, update: Update) -> None:
         """Whatever goes wrong with an update, its request gets a final response and the others theirs."""
