@@ -20,6 +20,7 @@ from enginesmith_client import (
     ServerError,
     TritonClientError,
 )
+from enginesmith_client._deadline import Deadline
 
 pytestmark = pytest.mark.server
 
