@@ -195,6 +195,7 @@ def main() -> int:
     )
     add_project_options(parser)
     arguments = parser.parse_args()
+    arguments.variant = arguments.variant or ["int4-awq"]
     return run_benchmark(lambda: measure(project_from(arguments)))
 
 
