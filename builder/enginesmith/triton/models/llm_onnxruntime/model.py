@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import queue
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from llm_text import Text
 
 _FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 _METRICS_PERIOD_S = 0.25
+_SHORTEST_WAIT_S = 0.003
 _CODES: Mapping[Failure, str] = {
     "invalid": "INVALID_ARG",
     "busy": "UNAVAILABLE",
@@ -112,13 +114,17 @@ class TritonPythonModel:
             self._outbox.put([Update(job, failure="busy", message=str(error)) for job in asked.jobs])
 
     def _talk_to_triton(self) -> None:
-        """Send what the engine brings, and after each of its steps look for clients that left."""
+        """Send what the engine brings; after each of its steps and twice within, look for clients that left."""
+        step_s, last_s = _METRICS_PERIOD_S, time.monotonic()
         while True:
+            pace_s = step_s / 3 if self._requests else _METRICS_PERIOD_S
             try:
-                updates = self._outbox.get(timeout=_METRICS_PERIOD_S)
+                updates = self._outbox.get(timeout=max(_SHORTEST_WAIT_S, min(_METRICS_PERIOD_S, pace_s)))
             except queue.Empty:
-                self._metrics.show(self._engine.load())
-                continue
+                updates = ()
+            else:
+                now_s = time.monotonic()
+                step_s, last_s = now_s - last_s, now_s
             if updates is None:
                 return
             for update in updates:
