@@ -1,0 +1,20 @@
+"""Where the model is that is measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Target:
+    """A model of a running Triton server."""
+
+    model: str
+    url: str = "grpc://127.0.0.1:8001"
+    """Measurements travel over gRPC."""
+    version: str = ""
+    """Empty: the one that the server chooses."""
+    metrics_url: str | None = None
+    """``http://127.0.0.1:8002/metrics``; None: what only metrics tell is not measured."""
+    server_pid: int | None = None
+    """Of tritonserver, if it runs on this machine; None: it is looked for by the port."""
