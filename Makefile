@@ -9,7 +9,7 @@ CONTAINER ?= docker
 STAMP := $(VENV)/.setup-stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo engines serve bench test check image clean
+.PHONY: help setup demo engines serve bench test check image browser clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -34,7 +34,10 @@ serve: setup ## run tritonserver on the published repository, on 127.0.0.1
 bench: setup ## run the benchmarks whose results are committed in benchmarks/results
 	$(BIN)/python benchmarks/run.py
 
-test: setup ## run every test
+browser: ## Chromium, in which the tests open reports: kept if one is there, else installed by apt-get as root
+	@sh tests/perf/browser.sh
+
+test: setup browser ## run every test
 	$(BIN)/python -m pytest
 
 check: setup ## formatting, lint, types, generated files
