@@ -25,7 +25,18 @@ class FixedLength(Part):
     tokens: int = Field(ge=1)
 
 
-class UniformLength(Part):
+class _Cut(Part):
+    """Lengths from ``low`` to ``high``."""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> _Cut:
+        low, high = getattr(self, "low", 1), getattr(self, "high", None)
+        if high is not None and low > high:
+            raise ValueError(f"low must not be above high; seen: low {low}, high {high}")
+        return self
+
+
+class UniformLength(_Cut):
     """Every number from ``low`` to ``high``, both included, equally often."""
 
     kind: Literal["uniform"]
@@ -33,7 +44,7 @@ class UniformLength(Part):
     high: int = Field(ge=1)
 
 
-class NormalLength(Part):
+class NormalLength(_Cut):
     """Normally distributed, rounded, cut to ``low`` and ``high``."""
 
     kind: Literal["normal"]
@@ -43,7 +54,7 @@ class NormalLength(Part):
     high: int | None = Field(default=None, ge=1)
 
 
-class LognormalLength(Part):
+class LognormalLength(_Cut):
     """Log-normally distributed, as lengths of real conversations about are; cut to ``low`` and ``high``."""
 
     kind: Literal["lognormal"]
@@ -57,7 +68,7 @@ class EmpiricalLength(Part):
     """Drawn from the numbers given."""
 
     kind: Literal["empirical"]
-    tokens: tuple[int, ...] = Field(min_length=1)
+    tokens: tuple[Annotated[int, Field(ge=1)], ...] = Field(min_length=1)
 
 
 Length = Annotated[
