@@ -117,6 +117,10 @@ class ModelStatistics:
     compute_infer: Duration
     compute_output: Duration
     batches: tuple[BatchStatistics, ...]
+    cache_hit: Duration = Duration()
+    """Requests that the response cache answered; they count in ``success`` too."""
+    cache_miss: Duration = Duration()
+    """Requests that it was asked for in vain, and what storing their answers took."""
 
 
 @dataclass(frozen=True)
@@ -295,6 +299,8 @@ def _version_statistics(entry: Json) -> ModelStatistics:
             )
             for batch in entry.get("batch_stats", ())
         ),
+        cache_hit=_duration(totals, "cache_hit"),
+        cache_miss=_duration(totals, "cache_miss"),
     )
 
 

@@ -1,0 +1,171 @@
+"""What the server, the machine and this process did meanwhile: a line every second, from which usage and the server's
+own times are computed.
+
+Counters are kept as they were read, since whenever they began; a figure is the difference of two samples. The file is
+JSON lines like that of the records, written while the run goes on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+
+from pydantic import TypeAdapter, ValidationError
+
+from enginesmith_client.perf._errors import ResultsError
+
+FORMAT = "enginesmith-bench-samples"
+VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCounts:
+    """Triton's statistics of a model since it was loaded, summed over its loaded versions.
+
+    Source: ``ModelStatistics`` of Triton's statistics extension. Durations are totals over requests.
+    """
+
+    success: int = 0
+    fail: int = 0
+    inferences: int = 0
+    """Rows."""
+    executions: int = 0
+    queue_s: float = 0.0
+    queue_count: int = 0
+    compute_input_s: float = 0.0
+    compute_infer_s: float = 0.0
+    compute_output_s: float = 0.0
+    compute_count: int = 0
+    cache_hits: int = 0
+    """Requests that the response cache answered."""
+    batches: Mapping[int, int] = field(default_factory=dict)
+    """Executions by batch size."""
+
+    @property
+    def requests(self) -> int:
+        """Answered or failed."""
+        return self.success + self.fail
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One look. What could not be read is None, or missing from a mapping."""
+
+    at_ns: int
+    """Since the run's origin, as in records."""
+    wall_ahead_s: float
+    """The wall clock minus the monotonic one; their difference says nothing, its change does."""
+    suspended_s: float = 0.0
+    """How long the machine has been suspended since it started (CLOCK_BOOTTIME minus CLOCK_MONOTONIC)."""
+    took_ms: float = 0.0
+    """How long the look itself lasted, waiting included."""
+    statistics: Mapping[str, ModelCounts] = field(default_factory=dict)
+    """By name: of the model and, where it is an ensemble, of the models that it is composed of."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Lines of ``/metrics`` that a figure is made of, by name and labels but those of the model."""
+    client_cpu_s: float = 0.0
+    """Of this process and of a perf_analyzer that it started."""
+    machine_busy_s: float = 0.0
+    """Of all cores together, as the next two. The machine is the one that this process runs on."""
+    machine_total_s: float = 0.0
+    machine_stolen_s: float = 0.0
+    """Taken by the hypervisor for others."""
+    swap_in_pages: int | None = None
+    server: str | None = None
+    """Which process the server is; another one is another server. None where it is not on this machine."""
+    server_cpu_s: float | None = None
+    """Of tritonserver and the processes that it started, as the next."""
+    server_rss_bytes: int | None = None
+    gpu_percent: float | None = None
+    """Of one GPU: 200 is two."""
+    gpu_memory_bytes: int | None = None
+
+
+_SAMPLE = TypeAdapter(Sample)
+
+
+class SampleWriter:
+    """Appends samples to a file; each is there at once, for a run that dies."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("w", encoding="utf-8", buffering=1)
+        self._file.write(json.dumps({"format": FORMAT, "version": VERSION}) + "\n")
+
+    def write(self, sample: Sample) -> None:
+        """Append one."""
+        plain = {name: value for name, value in dataclasses.asdict(sample).items() if value is not None}
+        self._file.write(json.dumps(plain, separators=(",", ":")) + "\n")
+
+    def close(self) -> None:
+        """End the file."""
+        self._file.close()
+
+    def __enter__(self) -> SampleWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def read_samples(path: Path) -> list[Sample]:
+    """The samples of a file, in the order of time. A last line that was cut off in the middle is left out.
+
+    Raises:
+        ResultsError: the file is missing, or is not one of samples, or of another version.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ResultsError(f"{path} cannot be read: {error}") from error
+    _check_header(path, lines[0] if lines else "")
+    return list(_parsed(path, lines))
+
+
+def _parsed(path: Path, lines: Sequence[str]) -> Iterator[Sample]:
+    for number, line in enumerate(lines[1:], start=2):
+        try:
+            yield _SAMPLE.validate_json(line)
+        except ValidationError as error:
+            if number == len(lines) and not line.endswith("\n"):
+                return
+            first = error.errors()[0]
+            raise ResultsError(f"{path}, line {number}: not a sample ({first['msg']})") from error
+
+
+def _check_header(path: Path, line: str) -> None:
+    try:
+        header = json.loads(line)
+        found = (header["format"], header["version"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise ResultsError(
+            f"{path} is not a file of benchmark samples: its first line names no format"
+        ) from error
+    if found != (FORMAT, VERSION):
+        raise ResultsError(
+            f"{path} holds {found[0]} of version {found[1]}; this program reads {FORMAT} of version {VERSION}",
+            hint="measure again with this version, or read it with the version that wrote it",
+        )
+
+
+def around(
+    samples: Sequence[Sample], start_ns: int, end_ns: int, *, model: str | None = None
+) -> tuple[Sample, Sample] | None:
+    """The samples nearest to both ends of a window; None where there are not two different ones.
+
+    With ``model`` only samples count that have its statistics.
+    """
+    usable = [one for one in samples if model is None or model in one.statistics]
+    if len(usable) < 2:
+        return None
+    before = min(usable, key=lambda sample: abs(sample.at_ns - start_ns))
+    later = [one for one in usable if one.at_ns > before.at_ns]
+    if not later:
+        return None
+    return before, min(later, key=lambda sample: abs(sample.at_ns - end_ns))
