@@ -1,6 +1,6 @@
 """In-flight batching: requests join the running batch between two tokens and leave it when they are done.
 
-``BatchingEngine`` owns one thread that owns the runtime. It knows nothing of Triton: jobs come in through ``submit``, and
+``BatchingEngine`` owns one thread that owns the runtime, whichever ``Batch`` that is. It knows nothing of Triton: jobs come in through ``submit``, and
 what becomes of them goes out through ``emit``, in that thread. Between two decoding steps at most ``chunk_tokens``
 tokens of prompts are computed, so that a long prompt does not hold up the answers that are being generated.
 """
@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING or __package__:
     from enginesmith.triton.models.llm_onnxruntime.llm_pieces import AnswerText
-    from enginesmith.triton.models.llm_onnxruntime.llm_runtime import Generation, PromptTooLongError, Runtime
+    from enginesmith.triton.models.llm_onnxruntime.llm_sampling import Generation
 else:  # Beside the engine, where there is no package.
     from llm_pieces import AnswerText
-    from llm_runtime import Generation, PromptTooLongError, Runtime
+    from llm_sampling import Generation
 
 _LOG = logging.getLogger(__name__)
 
@@ -130,12 +130,54 @@ class Engine(Protocol):
         """End what is running; every job gets its last update before this returns."""
 
 
+class Batch(Protocol):
+    """Sequences that are generated together: what ``BatchingEngine`` needs of a runtime, in its own thread only.
+
+    ``llm_runtime.Runtime`` computes one prompt at a time when it is told to. A runtime that schedules prompts by itself
+    has none that is ``prefilling``, and its ``prefill`` does nothing.
+    """
+
+    slots: int
+    running: list[Generation]
+    """Those that joined; the finished ones until ``retire``."""
+
+    @property
+    def free_slots(self) -> int:
+        """How many more sequences can start now."""
+
+    @property
+    def prefilling(self) -> Generation | None:
+        """The sequence that was admitted and did not join yet."""
+
+    @property
+    def prefill_left(self) -> int:
+        """How many tokens of the admitted prompt are not computed yet."""
+
+    def admit(self, sequence: Generation) -> None:
+        """Give ``sequence`` a slot. Raises ``ValueError`` for one that can never be served."""
+
+    def prefill(self, max_tokens: int) -> int:
+        """Compute up to ``max_tokens`` more of the admitted prompt; returns how many."""
+
+    def drop_prefill(self) -> None:
+        """Give up the sequence that is being prefilled."""
+
+    def step(self) -> None:
+        """Advance the running sequences."""
+
+    def retire(self) -> list[Generation]:
+        """Remove and return the finished sequences."""
+
+    def clear(self) -> None:
+        """Forget every sequence."""
+
+
 class RefusedError(Exception):
     """The engine does not take a job now."""
 
 
 class BatchingEngine:
-    """The ``Engine`` over one ``Runtime``.
+    """The ``Engine`` over one ``Batch``.
 
     ``emit`` is called in the engine's thread before every step, also with nothing new (so that its owner can look for
     clients that left); it must not wait and must not raise. ``max_waiting`` and ``max_wait_s`` bound the queue; 0 is no bound.
@@ -143,7 +185,7 @@ class BatchingEngine:
 
     def __init__(
         self,
-        runtime: Runtime,
+        runtime: Batch,
         emit: Callable[[Sequence[Update]], None],
         *,
         chunk_tokens: int = 128,
@@ -252,7 +294,7 @@ class BatchingEngine:
             job.scheduled_ns = time.monotonic_ns()
             try:
                 self._runtime.admit(job.generation)
-            except PromptTooLongError as error:
+            except ValueError as error:
                 self._forget(job)
                 self._emit([Update(job, failure="invalid", message=str(error))])
                 continue

@@ -84,7 +84,8 @@ class Generation:
     """One per token, if they were asked for: of the engine's logits, before penalties and temperature."""
     reused_tokens: int = field(init=False, default=0)
     """How many tokens of the prompt were in the prefix cache."""
-    error: NonFiniteLogitsError | None = field(init=False, default=None)
+    error: RuntimeError | None = field(init=False, default=None)
+    """Why it ended with ``error``: ``NonFiniteLogitsError``, or what its runtime raises for one sequence."""
     _history: _History | None = field(init=False, default=None, repr=False)
 
     def __post_init__(self) -> None:

@@ -12,14 +12,13 @@ import json
 import queue
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
 from llm_batching import BatchingEngine, Engine, Failure, Job, Load, RefusedError, Update
-from llm_runtime import Runtime
 from llm_tensors import Asked, Limits, error_response, read_request, response
 from llm_text import Text
 
@@ -59,27 +58,13 @@ class TritonPythonModel:
         self._metrics = Metrics(args["model_name"], args["model_version"])
         self._requests: dict[Job, Request] = {}
         self._outbox: queue.SimpleQueue[Sequence[Update] | None] = queue.SimpleQueue()
-        runtime = Runtime(
-            directory,
-            slots=serving["max_batch_size"],
-            capacity=serving["max_sequence_length"],
-            threads=serving["threads"],
-            reuse_tokens=cache["reuse_tokens"] if cache["reuse"] else 0,
-            tokens_per_block=cache["tokens_per_block"],
-            batch_invariant=serving.get("batch_invariant", False),
-        )
+        self._engine: Engine
+        self._engine, vocabulary = _start_engine(directory, serving, cache, self._outbox.put)
         self._limits = Limits(
             serving["max_prompt_length"],
             serving["default_max_tokens"],
             cache["tokens_per_block"],
-            vocabulary=runtime.engine["vocab_size"],
-        )
-        self._engine: Engine = BatchingEngine(
-            runtime,
-            self._outbox.put,
-            chunk_tokens=serving.get("prefill_chunk_tokens", 64),
-            max_waiting=serving.get("max_queue_size", 0),
-            max_wait_s=serving.get("queue_timeout_us", 0) / 1e6,
+            vocabulary=vocabulary,
         )
         self._thread = threading.Thread(target=self._talk_to_triton, name="responses", daemon=True)
         self._thread.start()
@@ -174,6 +159,47 @@ class TritonPythonModel:
             if not request.closed and request.sender.is_cancelled():
                 for job in request.asked.jobs:
                     self._engine.cancel(job)
+
+
+def _start_engine(
+    directory: Path,
+    serving: Mapping[str, Any],
+    cache: Mapping[str, Any],
+    emit: Callable[[Sequence[Update]], None],
+) -> tuple[Engine, int]:
+    """The engine that ``serving.json`` names, and how many tokens its model knows.
+
+    Raises:
+        ValueError: there is no engine of that name, or the model cannot be served with these limits.
+    """
+    name = serving.get("engine", "onnxruntime")
+    slots, capacity = serving["max_batch_size"], serving["max_sequence_length"]
+    max_waiting, max_wait_s = serving.get("max_queue_size", 0), serving.get("queue_timeout_us", 0) / 1e6
+    if name == "genai":
+        from llm_genai import GenaiEngine  # Needs onnxruntime-genai, which packages for onnxruntime do not.
+
+        paged = GenaiEngine(
+            directory, emit, slots=slots, capacity=capacity, max_waiting=max_waiting, max_wait_s=max_wait_s
+        )
+        return paged, paged.vocabulary
+    if name != "onnxruntime":
+        raise ValueError(f"serving.json: engine is {name!r}; allowed: onnxruntime, genai")
+    from llm_runtime import Runtime  # Needs onnxruntime.
+
+    runtime = Runtime(
+        directory,
+        slots=slots,
+        capacity=capacity,
+        threads=serving["threads"],
+        reuse_tokens=cache["reuse_tokens"] if cache["reuse"] else 0,
+        tokens_per_block=cache["tokens_per_block"],
+        batch_invariant=serving.get("batch_invariant", False),
+    )
+    chunk_tokens = serving.get("prefill_chunk_tokens", 64)
+    engine = BatchingEngine(
+        runtime, emit, chunk_tokens=chunk_tokens, max_waiting=max_waiting, max_wait_s=max_wait_s
+    )
+    return engine, runtime.engine["vocab_size"]
 
 
 class Metrics:
