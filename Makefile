@@ -9,10 +9,10 @@ CONTAINER ?= docker
 STAMP := $(VENV)/.setup-stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo engines serve bench test check image browser clean
+.PHONY: help setup demo engines serve bench benchmarks test check image browser clean
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
 setup: $(STAMP) ## create .venv with everything, exactly pinned
 
@@ -31,7 +31,11 @@ engines: setup ## build and verify every engine of SPECS and publish them
 serve: setup ## run tritonserver on the published repository, on 127.0.0.1
 	$(BIN)/enginesmith serve $(REPOSITORY)
 
-bench: setup ## run the benchmarks whose results are committed in benchmarks/results
+bench: setup ## the standard profile against the demo's model in a tritonserver of its own, with a report
+	$(BIN)/enginesmith build models/smollm2-135m.yaml --variant int4-awq --publish $(REPOSITORY)
+	$(BIN)/enginesmith bench smollm2-135m-int4-awq --repository $(REPOSITORY) --profile standard --slo models/smollm2-135m.yaml
+
+benchmarks: setup ## run the benchmarks whose results are committed in benchmarks/results
 	$(BIN)/python benchmarks/run.py
 
 browser: ## Chromium, in which the tests open reports: kept if one is there, else installed by apt-get as root
