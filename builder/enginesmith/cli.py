@@ -17,8 +17,10 @@ import click
 
 from enginesmith import (
     __version__,
+    cli_bench,
     cli_build,
     cli_client_stub,
+    cli_compare,
     cli_demo,
     cli_doctor,
     cli_inspect,
@@ -97,6 +99,8 @@ _MODULES = (
     cli_inspect,
     cli_sensitivity,
     cli_openai,
+    cli_bench,
+    cli_compare,
 )
 for _verb in (verb for module in _MODULES for verb in module.VERBS):
     commands.add_command(_verb)

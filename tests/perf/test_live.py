@@ -148,5 +148,5 @@ def test_on_a_terminal_it_is_drawn_and_taken_away() -> None:
     text = seen.decode()
     assert "chat, 8 at a time" in text
     assert "\x1b[2K" in text, "lines are erased"
-    assert "chat, 8 at a time  done  1,234 answered" in text
+    assert "chat, 8 at a time  done  1,234 answered  0 failed\r" in text
     assert text.count("\x1b[2K") >= 7, "all lines of the drawing are"

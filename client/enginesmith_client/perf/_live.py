@@ -165,6 +165,10 @@ def _figures(progress: Progress) -> Iterator[str]:
     if progress.phase == "preparing":
         return
     yield f"{progress.answered:,} answered"
+    if progress.phase == "done":
+        # The other figures are those of the last second, which nobody should take for those of the run.
+        yield f"{progress.failed:,} failed"
+        return
     if progress.requests_per_s is not None:
         yield f"{quantity(progress.requests_per_s, 'plain')} requests/s"
     if progress.tokens_per_s is not None:
@@ -173,7 +177,6 @@ def _figures(progress: Progress) -> Iterator[str]:
         yield f"p50 {quantity(progress.p50_ms, 'ms')}"
     if progress.p99_ms is not None:
         yield f"p99 {quantity(progress.p99_ms, 'ms')}"
-    if progress.phase != "done":
-        yield f"{progress.in_flight:,} in flight"
+    yield f"{progress.in_flight:,} in flight"
     if progress.failed:
         yield f"{progress.failed:,} failed"

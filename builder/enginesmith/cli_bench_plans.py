@@ -1,0 +1,100 @@
+"""The three things that ``bench`` can do with a target: one run, a sweep of loads, a suite of scenarios."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+from enginesmith.cli_bench_output import Outcome, run_tables, status_of, status_words
+
+if TYPE_CHECKING:
+    from enginesmith.cli_bench_profile import LoadFlags
+    from enginesmith_client.perf._profile import Profile
+    from enginesmith_client.perf._progress import OnProgress
+    from enginesmith_client.perf._run_files import SavedRun
+    from enginesmith_client.perf._target import Target
+
+Plan: TypeAlias = "Callable[[Target, OnProgress], Outcome]"
+"""Measures, and says what came out."""
+
+
+def plan_run(profile: Profile, *, directory: Path, parquet: bool, compare_to: Path | None) -> Plan:
+    """One run; compared with the one in ``compare_to``, if that is given.
+
+    Raises:
+        ResultsError: there is no run in ``compare_to``.
+        ToolchainError: there is no pyarrow.
+    """
+    from enginesmith_client.perf._run import run_profile
+    from enginesmith_client.perf._run_files import load_run
+
+    before = load_run(compare_to) if compare_to else None
+    if parquet:
+        from enginesmith_client.perf._parquet import require_pyarrow
+
+        require_pyarrow()
+
+    def measure(target: Target, on_progress: OnProgress) -> Outcome:
+        saved = run_profile(target, profile, directory=directory, on_progress=on_progress)
+        if parquet:
+            from enginesmith_client.perf._parquet import write_parquet
+
+            write_parquet(saved)
+        outcome = Outcome(status_of(saved.run), tuple(status_words(saved.run)), tuple(run_tables(saved.run)))
+        return outcome if before is None else _compared(outcome, before, saved)
+
+    return measure
+
+
+def _compared(outcome: Outcome, before: SavedRun, after: SavedRun) -> Outcome:
+    """``outcome`` joined by what a comparison with an earlier run says."""
+    from enginesmith.cli_compare import comparison_tables, comparison_words
+    from enginesmith_client.perf._compare import compare_saved
+    from enginesmith_client.perf._comparison import EXIT_CODES
+
+    comparison = compare_saved(before, after)
+    return replace(
+        outcome,
+        status=outcome.status or EXIT_CODES[comparison.verdict],
+        reasons=(*outcome.reasons, *comparison_words(comparison)),
+        tables=(*outcome.tables, *comparison_tables(comparison)),
+    )
+
+
+def plan_sweep(text: str, profile: Profile, *, directory: Path) -> Plan:
+    """One profile at several loads.
+
+    Raises:
+        ProfileError: ``text`` names no loads.
+    """
+    from enginesmith.cli_bench_many import sweep_status, sweep_tables
+    from enginesmith_client.perf._ladder import ladder_from_text
+    from enginesmith_client.perf._sweep import sweep
+
+    ladder = ladder_from_text(text)
+
+    def measure(target: Target, on_progress: OnProgress) -> Outcome:
+        found = sweep(target, profile, ladder, directory=directory, on_progress=on_progress)
+        return Outcome(sweep_status(found), found.words, tuple(sweep_tables(found)))
+
+    return measure
+
+
+def plan_suite(name: str, flags: LoadFlags, *, only: tuple[str, ...], directory: Path) -> Plan:
+    """All scenarios of a suite that fit the model, or those in ``only``, each with what ``flags`` override.
+
+    Raises:
+        ProfileError: there is no such suite or scenario.
+    """
+    from enginesmith.cli_bench_many import suite_reasons, suite_status, suite_tables
+    from enginesmith_client.perf._suite import load_suite, run_suite
+
+    suite = load_suite(name)
+
+    def measure(target: Target, on_progress: OnProgress) -> Outcome:
+        found = run_suite(suite, target, directory=directory, only=only, on_progress=on_progress)
+        return Outcome(suite_status(found), tuple(suite_reasons(found)), tuple(suite_tables(found)))
+
+    return measure
