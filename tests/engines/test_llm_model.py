@@ -18,6 +18,7 @@ from llm_served import PATIENCE_S, SERVING, Stream, place_model, serving_llm, st
 
 from enginesmith.triton.models.llm_onnxruntime.llm_text import Text
 from enginesmith.triton.server import TritonServer
+from enginesmith_client.perf._scrape import parse_metrics
 
 pytestmark = pytest.mark.server
 
@@ -367,3 +368,24 @@ def test_metrics_count_tokens_and_slots(server: TritonServer, stream: Stream) ->
     assert metric(server, names[0], model="llm") == before[0] + prompt_tokens
     assert metric(server, names[2], model="llm") <= before[2] + prompt_tokens
     assert metric(server, "enginesmith_llm_slots", model="llm") == SERVING["max_batch_size"]
+
+
+def test_metrics_tell_which_batches_were_formed_and_the_memory_of_the_cache(
+    server: TritonServer, stream: Stream
+) -> None:
+    def seen() -> dict[str, float]:
+        with urllib.request.urlopen(server.metrics_url, timeout=PATIENCE_S) as response:
+            return parse_metrics(response.read(), ["narrow"])
+
+    alone = 'enginesmith_llm_steps_total{batch_size="1"}'
+    wait_for_metric(server, "enginesmith_llm_running", 0, model="narrow")
+    # Steps are shown a little later; those of requests before may still come.
+    stream.ask("narrow", [b"text"], max_tokens=2)
+    before = seen().get(alone, 0.0)
+    # The first token comes of the prompt, and each other one of a step.
+    stream.ask("narrow", [b"text"], max_tokens=40)
+    end_s = time.monotonic() + PATIENCE_S
+    while seen().get(alone, 0.0) < before + 39:
+        assert time.monotonic() < end_s, "the steps were never shown"
+    assert 0 <= seen()["enginesmith_llm_kv_used_bytes"] <= seen()["enginesmith_llm_kv_total_bytes"]
+    assert seen()["enginesmith_llm_kv_total_bytes"] > 0

@@ -112,6 +112,11 @@ class Load:
     prompt_tokens: int
     output_tokens: int
     reused_tokens: int
+    steps: tuple[int, ...] = ()
+    """Decoding steps by the number of sequences that they advanced, from none up."""
+    kv_used_bytes: int = 0
+    """Keys and values that belong to a sequence or to a prefix that is kept."""
+    kv_total_bytes: int = 0
 
 
 class Engine(Protocol):
@@ -176,11 +181,16 @@ class RefusedError(Exception):
     """The engine does not take a job now."""
 
 
+def _no_kv_bytes() -> tuple[int, int]:
+    return 0, 0
+
+
 class BatchingEngine:
     """The ``Engine`` over one ``Batch``.
 
     ``emit`` is called in the engine's thread before every step, also with nothing new (so that its owner can look for
     clients that left); it must not wait and must not raise. ``max_waiting`` and ``max_wait_s`` bound the queue; 0 is no bound.
+    ``kv_bytes`` tells how much memory keys and values take, and how much they can; 0: unknown.
     """
 
     def __init__(
@@ -191,6 +201,7 @@ class BatchingEngine:
         chunk_tokens: int = 128,
         max_waiting: int = 0,
         max_wait_s: float = 0.0,
+        kv_bytes: Callable[[], tuple[int, int]] = _no_kv_bytes,
     ) -> None:
         self._runtime = runtime
         self._emit = emit
@@ -202,6 +213,9 @@ class BatchingEngine:
         """By the identity of their generations: those in the runtime."""
         self._closing = False
         self._prompt_tokens = self._output_tokens = self._reused_tokens = 0
+        self._steps = [0] * (runtime.slots + 1)
+        self._kv_bytes = kv_bytes
+        self._kv_used_bytes, self._kv_total_bytes = 0, kv_bytes()[1]
         self._thread = threading.Thread(target=self._work, name="generation", daemon=True)
         self._thread.start()
 
@@ -238,6 +252,9 @@ class BatchingEngine:
             self._prompt_tokens,
             self._output_tokens,
             self._reused_tokens,
+            tuple(self._steps),
+            self._kv_used_bytes,
+            self._kv_total_bytes,
         )
 
     def close(self) -> None:
@@ -267,8 +284,10 @@ class BatchingEngine:
         self._emit(self._drop_ended())
         self._prefill()
         if self._runtime.running:
+            self._steps[len(self._runtime.running)] += 1
             self._runtime.step()
             self._harvest()
+        self._kv_used_bytes, self._kv_total_bytes = self._kv_bytes()
 
     def _prefill(self) -> None:
         """Compute prompts of waiting jobs, up to ``chunk_tokens`` tokens.

@@ -37,6 +37,11 @@ class PrefixCache:
         """The memory that the blocks can take, in bytes."""
         return self._memory.nbytes
 
+    @property
+    def used_bytes(self) -> int:
+        """The memory of the blocks that hold something, in bytes."""
+        return len(self._places) * self._memory[:1].nbytes
+
     def load(self, tokens: Sequence[int], cache: Cache) -> int:
         """Copy what is known of the beginning of ``tokens`` into ``cache``; returns how many tokens that is.
 

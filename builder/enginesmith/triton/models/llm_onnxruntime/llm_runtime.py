@@ -127,6 +127,14 @@ class Runtime:
         """The memory that keys and values can take, slots and prefix cache together."""
         return self._cache.nbytes + (self.prefixes.nbytes if self.prefixes else 0)
 
+    def kv_bytes(self) -> tuple[int, int]:
+        """How much of that memory belongs to a sequence or to a prefix that is kept, and all of it."""
+        tokens = sum(sequence.length for sequence in self.running)
+        tokens += self._prefill.done if self._prefill else 0
+        bytes_per_token = self._cache.nbytes // (self.slots * self.capacity)
+        kept_bytes = self.prefixes.used_bytes if self.prefixes else 0
+        return tokens * bytes_per_token + kept_bytes, self.kv_cache_bytes
+
     @property
     def free_slots(self) -> int:
         """How many more sequences can start now."""

@@ -86,7 +86,7 @@ class TritonPythonModel:
         self._engine.close()
         self._outbox.put(None)
         self._thread.join()
-        self._metrics.show(replace(self._engine.load(), slots=0))
+        self._metrics.show(replace(self._engine.load(), slots=0, kv_used_bytes=0, kv_total_bytes=0))
 
     def _start(self, sender: Any, asked: Asked) -> None:
         started = Request(sender, asked)
@@ -197,7 +197,12 @@ def _start_engine(
     )
     chunk_tokens = serving.get("prefill_chunk_tokens", 64)
     engine = BatchingEngine(
-        runtime, emit, chunk_tokens=chunk_tokens, max_waiting=max_waiting, max_wait_s=max_wait_s
+        runtime,
+        emit,
+        chunk_tokens=chunk_tokens,
+        max_waiting=max_waiting,
+        max_wait_s=max_wait_s,
+        kv_bytes=runtime.kv_bytes,
     )
     return engine, runtime.engine["vocab_size"]
 
@@ -214,7 +219,13 @@ class Metrics:
             "prompt_tokens": ("COUNTER", "Tokens of prompts that were started"),
             "output_tokens": ("COUNTER", "Tokens of answers that have ended"),
             "reused_tokens": ("COUNTER", "Tokens of prompts that were in the prefix cache"),
+            "kv_used_bytes": (
+                "GAUGE",
+                "Memory of keys and values that belong to a sequence or a kept prefix",
+            ),
+            "kv_total_bytes": ("GAUGE", "Memory that keys and values can take"),
         }
+        self._labels = labels
         self._families = {}
         self._metrics = {}
         for name, (kind, meaning) in families.items():
@@ -225,16 +236,38 @@ class Metrics:
                 kind=getattr(pb_utils.MetricFamily, kind),
             )
             self._metrics[name] = self._families[name].Metric(labels=labels)
+        self._steps_family = pb_utils.MetricFamily(
+            name="enginesmith_llm_steps_total",
+            description="Decoding steps, by the number of sequences that they advanced",
+            kind=pb_utils.MetricFamily.COUNTER,
+        )
+        self._steps: dict[int, Any] = {}
         self._shown = Load(0, 0, 0, 0, 0, 0)
+        self._steps_shown_s = 0.0
 
     def show(self, load: Load) -> None:
         """Bring the metrics up to ``load``. Differences are added, so that instances of one model add up."""
+        now_s = time.monotonic()
+        if now_s - self._steps_shown_s < _METRICS_PERIOD_S and load.slots:
+            # These change with every step, and the server is asked for each change.
+            load = replace(load, steps=self._shown.steps, kv_used_bytes=self._shown.kv_used_bytes)
         if load == self._shown:
             return
+        if load.steps != self._shown.steps:
+            self._steps_shown_s = now_s
+            self._show_steps(load.steps)
         for name, metric in self._metrics.items():
             if difference := getattr(load, name) - getattr(self._shown, name):
                 metric.increment(difference)
         self._shown = load
+
+    def _show_steps(self, steps: Sequence[int]) -> None:
+        before = (*self._shown.steps, *(0 for _ in steps))
+        for size, (now, then) in enumerate(zip(steps, before, strict=False)):
+            if size not in self._steps and now:
+                self._steps[size] = self._steps_family.Metric(labels=self._labels | {"batch_size": str(size)})
+            if now > then:
+                self._steps[size].increment(now - then)
 
 
 def _send(sender: Any, last: Any) -> None:
