@@ -21,7 +21,20 @@ from enginesmith.spec_file import load_spec
 from enginesmith.store import Artifact, ArtifactStore
 
 ROOT = Path(__file__).parents[2]
-VERBS = ("plan", "build", "publish", "serve", "ask", "gc", "schema", "demo", "inspect")
+VERBS = (
+    "plan",
+    "build",
+    "publish",
+    "serve",
+    "ask",
+    "gc",
+    "schema",
+    "demo",
+    "inspect",
+    "bench",
+    "compare",
+    "bench-report",
+)
 HEAVY = (
     "torch",
     "onnxruntime",
