@@ -65,7 +65,8 @@ def _svg(plot: Lines | Histogram | Bars, *content: str) -> str:
 def _scale(axis: Axis, values: Iterable[float], *, first: float, last: float) -> Scale:
     if axis.log:
         return log_scale(values, first=first, last=last)
-    return linear_scale(values, first=first, last=last, from_zero=axis.from_zero)
+    binary = axis.unit == "bytes"
+    return linear_scale(values, first=first, last=last, from_zero=axis.from_zero, binary=binary)
 
 
 def _lines(plot: Lines) -> str:

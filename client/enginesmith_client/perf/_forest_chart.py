@@ -16,17 +16,13 @@ _ROW = 34.0
 def forest_of(plot: Forest) -> str:
     """The drawing; as high as it has rows."""
     left, right = _LEFT, _RIGHT
-    ends = [value for row in plot.rows for value in (row.low, row.high)]
-    reach = max(
-        (abs(math.log(value)) for value in [*ends, plot.band_low, plot.band_high] if value > 0), default=0.05
-    )
+    ends = [value for row in plot.rows for value in (row.low, row.high, row.band_low, row.band_high)]
+    reach = max((abs(math.log(value)) for value in ends if value > 0), default=0.05)
     scale = Scale(math.exp(-reach * 1.1), math.exp(reach * 1.1), left, right, log=True)
     floor = 24 + _ROW * len(plot.rows)
     height = floor + 44
-    words = tooltip("differences too small to matter")
-    low, high = scale(plot.band_low), scale(plot.band_high)
-    band = element("rect", words, x=low, y=18, width=high - low, height=floor - 18, class_="span")
-    parts = [band, element("path", d=path([(scale(1.0), 18), (scale(1.0), floor)]), class_="axis")]
+    parts = [_band(row, number, scale) for number, row in enumerate(plot.rows)]
+    parts.append(element("path", d=path([(scale(1.0), 18), (scale(1.0), floor)]), class_="axis"))
     for value in _change_ticks(scale):
         at = scale(value)
         parts.append(element("path", d=path([(at, floor), (at, floor + 5)]), class_="axis"))
@@ -35,6 +31,12 @@ def forest_of(plot: Forest) -> str:
     parts.append(text("B against A", (left + right) / 2, height - 6, class_="axis-label", anchor="middle"))
     parts += [_row(row, number, scale) for number, row in enumerate(plot.rows)]
     return drawing(f"{plot.title}. {plot.words}", WIDTH, height, *parts)
+
+
+def _band(row: ForestRow, number: int, scale: Scale) -> str:
+    low, high = scale(row.band_low), scale(row.band_high)
+    words = tooltip("differences too small to matter")
+    return element("rect", words, x=low, y=24 + _ROW * number, width=high - low, height=_ROW, class_="span")
 
 
 def _row(row: ForestRow, number: int, scale: Scale) -> str:

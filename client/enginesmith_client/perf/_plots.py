@@ -119,19 +119,20 @@ class ForestRow:
     high: float
     verdict: str
     tone: Tone
+    band_low: float
+    """From here to ``band_high`` a difference is too small to matter."""
+    band_high: float
     note: str = ""
     """``less is better``."""
 
 
 @dataclass(frozen=True)
 class Forest:
-    """Intervals around 1, with the band in which a difference is too small to matter."""
+    """Intervals around 1, each with its band of no importance."""
 
     title: str
     words: str
     rows: tuple[ForestRow, ...]
-    band_low: float
-    band_high: float
     kind: Literal["forest"] = "forest"
 
 

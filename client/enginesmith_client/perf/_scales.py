@@ -18,6 +18,8 @@ class Scale:
     first: float
     last: float
     log: bool = False
+    base: float = 1.0
+    """Ticks of linear scales are round multiples of it: a power of 1024 for bytes."""
 
     def __call__(self, value: float) -> float:
         """The pixel of ``value``; values beyond the ends are put on them."""
@@ -31,21 +33,26 @@ class Scale:
     def ticks(self, about: int = 6) -> tuple[float, ...]:
         """Round values within the scale."""
         if not self.log:
-            return _linear_ticks(self.low, self.high, about)
+            ticks = _linear_ticks(self.low / self.base, self.high / self.base, about)
+            return tuple(value * self.base for value in ticks)
         ticks = _log_ticks(self.low, self.high, about)
         return ticks if len(ticks) >= 3 else _linear_ticks(self.low, self.high, about)
 
 
-def linear_scale(values: Iterable[float], *, first: float, last: float, from_zero: bool = True) -> Scale:
-    """A scale that holds all of ``values``, with round ends."""
+def linear_scale(
+    values: Iterable[float], *, first: float, last: float, from_zero: bool = True, binary: bool = False
+) -> Scale:
+    """A scale that holds all of ``values``, with round ends; ``binary``: round in powers of 1024."""
     seen = [value for value in values if math.isfinite(value)]
+    base = 1024.0 ** int(math.log(max(map(abs, seen), default=1.0) or 1.0, 1024)) if binary else 1.0
     low, high = (min(seen), max(seen)) if seen else (0.0, 1.0)
     if from_zero:
         low, high = min(low, 0.0), max(high, 0.0)
     if high - low <= abs(high) * 1e-9:
         low, high = (0.0, 1.0) if high == 0 else (min(low, 0.0) if from_zero else low * 0.99, high * 1.01)
-    step = _step(low, high, 6)
-    return Scale(math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step, first, last)
+    step = _step(low / base, high / base, 6) * base
+    ends = math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step
+    return Scale(*ends, first, last, base=base)
 
 
 def log_scale(values: Iterable[float], *, first: float, last: float) -> Scale:
