@@ -38,8 +38,14 @@ from enginesmith.publish.local import CONFIG_FILE
 from enginesmith.store import Artifact, ArtifactStore
 from enginesmith.triton.config import parse_config
 from enginesmith.triton.models.graph_onnxruntime.graph_runtime import GraphRuntime
-from enginesmith.triton.perf_analyzer import PerfAnalyzer, find_perf_analyzer, run_perf_analyzer
 from enginesmith.triton.server import TritonServer
+from enginesmith_client.perf._perf_analyzer import (
+    PerfAnalyzer,
+    Question,
+    find_perf_analyzer,
+    input_data_from_rows,
+    run_perf_analyzer,
+)
 
 MIN_INT8_COSINE, MIN_FP8_COSINE = 0.98, 0.99
 MIN_INT8_SPEED = 1.3
@@ -47,6 +53,8 @@ MIN_SHARE_OF_RUNTIME = 0.9
 MIN_BATCHING_GAIN = 2.5
 MAX_RTX_BUILD_S = 60.0
 CONCURRENCY = 16
+MAX_S = 600.0
+"""Of one measurement."""
 SHAPES = ((1, 16), (1, 128), (16, 16), (16, 64), (32, 128))
 """Batch size and tokens of the engines' rounds."""
 SERVED_TOKENS = 64
@@ -177,7 +185,7 @@ def _served_figures(
     name: str, directories: Mapping[str, Path], project: Project
 ) -> tuple[dict[str, Any], dict[str, str]]:
     tool = find_perf_analyzer()
-    programs = {"perf_analyzer": (tool.version() or "").removeprefix("Perf Analyzer Version ")}
+    programs = {"perf_analyzer": tool.version()}
     figures = {}
     for variant, directory in directories.items():
         model = f"{name}-{variant}"
@@ -244,16 +252,16 @@ class _ServedBench:
         self, model: str, rows: Sequence[Mapping[str, Sequence[Any]]], *, concurrency: int, requests: int
     ) -> float:
         """Rows per second; of the model itself in full batches."""
-        return run_perf_analyzer(
+        question = Question(
             model,
-            rows,
-            grpc_url=self._grpc_url,
-            concurrency=concurrency,
-            batch_size=self._batch if model == self._model else 1,
-            out_dir=self._scratch,
+            self._grpc_url,
+            input_data_from_rows(rows),
+            concurrency,
+            batch=self._batch if model == self._model else 1,
             request_count=requests,
-            tool=self._tool,
-        ).throughput_per_s
+            max_s=MAX_S,
+        )
+        return run_perf_analyzer(question, directory=self._scratch, tool=self._tool).rows_per_s
 
 
 def _naive(project: Project) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from enginesmith.errors import EnginesmithError
+from enginesmith_client import TritonClientError
 
 NOT_MEASURED = "not measured"
 _PIPE_WIDTH = 160
@@ -155,6 +156,9 @@ def exit_status(work: Callable[[], int]) -> int:
     except EnginesmithError as error:
         say(f"error: {error}")
         return error.exit_code
+    except TritonClientError as error:
+        say(f"error: {error}")
+        return 1
     except KeyboardInterrupt:
         say("interrupted; nothing was recorded")
         return 130

@@ -9,6 +9,7 @@ sides include prefill and every token of the answer. Every token is a response o
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 import tempfile
 import time
@@ -33,15 +34,23 @@ from releases import Project, Release, add_project_options, project_from, publis
 from enginesmith.errors import OperatorError
 from enginesmith.triton.models.llm_onnxruntime.llm_runtime import Runtime, Sampling
 from enginesmith.triton.models.llm_onnxruntime.llm_text import Text
-from enginesmith.triton.perf_analyzer import PerfAnalyzer, find_perf_analyzer, run_perf_analyzer
 from enginesmith.triton.server import TritonServer
 from enginesmith_client import Client
+from enginesmith_client.perf._perf_analyzer import (
+    PerfAnalyzer,
+    Question,
+    find_perf_analyzer,
+    input_data_from_rows,
+    run_perf_analyzer,
+)
 
 MIN_BATCHING_GAIN = 2.8
 """Throughput at the larger concurrency against that at 1."""
 MIN_SHARE_OF_RUNTIME = 0.9
 """Throughput of the server against that of the runtime at the same batch size."""
 CONCURRENCIES = (1, 16)
+MAX_S = 600.0
+"""Of one measurement."""
 PROMPTS = (
     "The history of the printing press begins in the city of",
     "Once upon a time, in a village between two rivers, there lived",
@@ -98,7 +107,7 @@ def measure(project: Project) -> Outcome:
     tool = find_perf_analyzer()
     figures: dict[str, Any] = {}
     bars: list[Bar] = []
-    programs = {"perf_analyzer": (tool.version() or "").removeprefix("Perf Analyzer Version ")}
+    programs = {"perf_analyzer": tool.version()}
     for release in published_releases(project):
         with (
             tempfile.TemporaryDirectory(prefix="enginesmith-bench-") as directory,
@@ -181,18 +190,24 @@ class _Bench:
     def _serve(self, concurrency: int) -> tuple[float, float]:
         """Answer tokens per second through the server, and the median time to the first in milliseconds."""
         tokens = self._settings.answer_tokens
+        rows: list[dict[str, Sequence[str | int | bool]]] = [
+            {"text_input": [prompt], "max_tokens": [tokens], "stream": [True]} for prompt in self.prompts
+        ]
         result = run_perf_analyzer(
-            self._model,
-            [{"text_input": [prompt], "max_tokens": [tokens], "stream": [True]} for prompt in self.prompts],
-            grpc_url=self._grpc_url,
-            concurrency=concurrency,
-            out_dir=self._directory,
-            request_count=self._settings.requests(concurrency),
-            streaming=True,
+            Question(
+                self._model,
+                self._grpc_url,
+                input_data_from_rows(rows),
+                concurrency,
+                streaming=True,
+                request_count=self._settings.requests(concurrency),
+                max_s=MAX_S,
+            ),
+            directory=self._directory,
             tool=self._tool,
         )
-        assert result.stream is not None, "it was measured over streams"
-        return result.throughput_per_s * tokens, result.stream.first_response_p50_us / 1000
+        waits_ms = [(record.ttft_ns or 0) / 1e6 for record in result.records]
+        return result.rows_per_s * tokens, statistics.median(waits_ms)
 
     def _run(self, batch: int) -> float:
         """Answer tokens per second of the runtime, for the requests that perf_analyzer sends."""

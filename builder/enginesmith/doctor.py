@@ -32,8 +32,7 @@ from enginesmith.engines.tensorrt_llm.toolchain import (
 )
 from enginesmith.errors import ToolchainError
 from enginesmith.platforms import GPUS, TOOLCHAINS, TRITON_IMAGES, Toolchain, toolchain_with
-from enginesmith.triton.installation import cache_directory, find_server
-from enginesmith.triton.perf_analyzer import WHEEL_VARIABLE, PerfAnalyzer
+from enginesmith.triton.installation import find_server
 
 State = Literal["ok", "missing", "wrong"]
 Purpose = Literal[
@@ -207,19 +206,23 @@ def _disk(store_root: Path) -> Finding:
 
 def _perf_analyzer() -> Finding:
     """One that is there; none is downloaded for a diagnosis."""
-    named = os.environ.get(WHEEL_VARIABLE)
-    on_path = shutil.which("perf_analyzer")
-    assembled = cache_directory() / "perf_analyzer-2.51.0"
-    candidates = [PerfAnalyzer(Path(named).expanduser())] if named and not named.endswith(".whl") else []
-    candidates += [PerfAnalyzer(Path(on_path))] if on_path else []
-    candidates += [PerfAnalyzer(assembled / "perf_analyzer", assembled)] if assembled.is_dir() else []
-    for candidate in candidates:
-        if version := candidate.version():
-            return Finding("perf_analyzer", "ok", " ".join(version.split()), ("measuring",))
-    state: State = "wrong" if candidates else "missing"
-    seen = f"{candidates[0].executable} does not run here" if candidates else "not here yet"
+    from enginesmith_client.perf._errors import ToolError
+    from enginesmith_client.perf._perf_analyzer_tool import candidates
+
+    refusals = []
+    try:
+        for candidate in candidates():
+            try:
+                version = candidate.version()
+            except ToolError as error:
+                refusals.append(error.message)
+            else:
+                return Finding("perf_analyzer", "ok", version, ("measuring",))
+    except ToolError as error:
+        refusals.append(error.message)
+    state: State = "wrong" if refusals else "missing"
     advice = "the first benchmark fetches one, if pip reaches a package index"
-    return Finding("perf_analyzer", state, seen, ("measuring",), advice)
+    return Finding("perf_analyzer", state, "; ".join(refusals) or "not here yet", ("measuring",), advice)
 
 
 def _gpu(gpus: tuple[SeenGpu, ...]) -> Finding:
