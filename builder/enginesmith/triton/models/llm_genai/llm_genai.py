@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +59,12 @@ class GenaiBatch:
         """By the identity of their generations: the requests that onnxruntime-genai holds for them."""
         self._idle_steps = 0
         self._engine: Any = None
+        self._broken: GenaiError | None = None
+
+    @property
+    def paged(self) -> bool:
+        """Whether sequences join and leave the batch between steps, over paged keys and values."""
+        return _paging(self.configuration) is not None
 
     @property
     def vocabulary(self) -> int:
@@ -79,7 +85,7 @@ class GenaiBatch:
         """
         settings = genai.Config(str(self._directory))
         settings.overlay(json.dumps({"search": {"max_length": self.capacity}}))
-        if "dynamic_batching" not in self.configuration.get("engine", {}):
+        if not self.paged:
             settings.overlay(json.dumps({"engine": {"static_batching": {"max_batch_size": self.slots}}}))
         self._engine = genai.Engine(genai.Model(settings))
         # Room for every sequence's token and end, so that one run hands over all that a step brought.
@@ -100,12 +106,24 @@ class GenaiBatch:
             raise ValueError(
                 f"the prompt has {len(sequence.prompt)} tokens; allowed: 1 to {self.capacity - 1}"
             )
-        require_supported(sequence.sampling, self.end_ids)
+        require_supported(sequence.sampling, self.end_ids, paged=self.paged)
+        if self._broken is not None:
+            raise self._broken
         sequence.end_ids = self.end_ids
         request = self._engine.create_request()
+        options = _turn_options(
+            request,
+            sequence.sampling,
+            room=self.capacity - len(sequence.prompt),
+            vocabulary=self.vocabulary,
+        )
+        try:
+            request.begin_turn(np.asarray(sequence.prompt, np.int32), options)
+        except RuntimeError as error:
+            request.close()
+            raise ValueError(f"onnxruntime-genai refuses the request: {error}") from error
         self._turns[id(sequence)] = (request, sequence)
         self.running.append(sequence)
-        request.begin_turn(np.asarray(sequence.prompt, np.int32), _turn_options(request, sequence.sampling))
 
     def prefill(self, max_tokens: int) -> int:
         """Nothing is left to do after ``admit``; returns 0."""
@@ -119,10 +137,13 @@ class GenaiBatch:
         """One pass of the model; every sequence that it advanced gets its token.
 
         Raises:
-            GenaiError: nothing has come for so long that nothing will.
-            RuntimeError: the engine failed before and cannot go on.
+            GenaiError: the engine failed and cannot go on, or nothing has come for so long that nothing will.
         """
-        events = self._engine.run(self._events)
+        try:
+            events = self._engine.run(self._events)
+        except RuntimeError as error:
+            self._broken = GenaiError(f"onnxruntime-genai cannot go on; load the model again: {error}")
+            raise self._broken from error
         self._idle_steps = 0 if len(events) else self._idle_steps + 1
         if self._idle_steps > _STEPS_WITHOUT_TOKENS:
             raise GenaiError(f"onnxruntime-genai gave no token in {self._idle_steps} steps")
@@ -247,7 +268,7 @@ def read_configuration(path: Path, *, slots: int, capacity: int) -> dict[str, An
     positions = configuration["model"]["context_length"]
     if capacity > positions:
         raise ValueError(f"capacity {capacity} exceeds the model's {positions} positions ({CONFIGURATION})")
-    paged = configuration.get("engine", {}).get("dynamic_batching")
+    paged = _paging(configuration)
     if paged is None:
         return configuration
     if paged.get("max_batch_size", slots) < slots:
@@ -264,8 +285,15 @@ def read_configuration(path: Path, *, slots: int, capacity: int) -> dict[str, An
     return configuration
 
 
-def require_supported(sampling: Sampling, end_ids: frozenset[int]) -> None:
+def _paging(configuration: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    paging: Mapping[str, Any] | None = configuration.get("engine", {}).get("dynamic_batching")
+    return paging
+
+
+def require_supported(sampling: Sampling, end_ids: frozenset[int], *, paged: bool) -> None:
     """Refuse what onnxruntime-genai cannot do: nothing that a request asks for is left out silently.
+
+    Without ``paged`` attention it takes no seed, so that an answer that is drawn could not be drawn again.
 
     Raises:
         ValueError: names every such option.
@@ -278,6 +306,7 @@ def require_supported(sampling: Sampling, end_ids: frozenset[int]) -> None:
         "end_id": others,
         "return_log_probs": sampling.logprobs,
         f"seed above {_LARGEST_SEED}": sampling.seed > _LARGEST_SEED,
+        "temperature without paged attention": sampling.temperature > 0 and not paged,
     }
     if names := [name for name, is_asked in asked.items() if is_asked]:
         raise ValueError(
@@ -286,17 +315,21 @@ def require_supported(sampling: Sampling, end_ids: frozenset[int]) -> None:
         )
 
 
-def _turn_options(request: Any, sampling: Sampling) -> Any:
-    """Every option is set, so that no default of the model's configuration has a say."""
+def _turn_options(request: Any, sampling: Sampling, *, room: int, vocabulary: int) -> Any:
+    """Every option that has a say is set, so that no default of the model's configuration has one.
+
+    onnxruntime-genai refuses what asks for nothing: more least tokens than there is ``room`` for, a larger top-k than the
+    ``vocabulary``, and options of sampling beside a greedy choice. It is left away or cut here, with the same effect.
+    """
     options = genai.TurnOptions(request)
-    options.set_max_generated_tokens(sampling.max_tokens)
-    options.set_min_generated_tokens(min(sampling.min_tokens, sampling.max_tokens))
+    options.set_max_generated_tokens(min(sampling.max_tokens, room))
+    options.set_min_generated_tokens(min(sampling.min_tokens, sampling.max_tokens, room))
     options.set_repetition_penalty(sampling.repetition_penalty)
     drawn = sampling.temperature > 0 and sampling.top_k != 1
     options.set_do_sample(drawn)
     if drawn:
         options.set_temperature(sampling.temperature)
-        options.set_top_k(sampling.top_k)
+        options.set_top_k(min(sampling.top_k, vocabulary))
         options.set_top_p(sampling.top_p)
         options.set_seed(sampling.seed)
     return options
