@@ -53,6 +53,8 @@ _OUTCOMES: Final[Mapping[type[TritonClientError], OutcomeKind]] = {
     Cancelled: "cancelled",
 }
 _INT32_BYTES = 4
+_CLOSE_S = 1.0
+_LAST_EVENTS_S = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +108,8 @@ class Wire:
             if address.encrypted
             else grpc.aio.insecure_channel(address.authority, options)
         )
+        self._ending: set[asyncio.Future[Any]] = set()
+        """Streams of which all is read but the status."""
         self._clock = clock
         self._timeout_s = timeout_s
         self._metadata = tuple(settings.headers.items()) or None
@@ -134,7 +138,12 @@ class Wire:
 
     async def close(self) -> None:
         """Close the connection; requests that have no answer yet are cancelled."""
+        if self._ending:
+            await asyncio.wait(set(self._ending), timeout=_CLOSE_S)
         await self._channel.close()
+        # grpcio gives the last events of what was cancelled to the event loop of the call even if that is closed by
+        # then, which the loop reports as an error; seen with 1.85.
+        await asyncio.sleep(_LAST_EVENTS_S)
 
     def _taken(self, outgoing: _Outgoing) -> bytes:
         """The serializer: gRPC calls it right before it sends."""
@@ -180,10 +189,21 @@ class Wire:
         except TritonClientError as error:
             return self._failed(error, outgoing, pieces)
         finally:
-            call.cancel()
+            self._end(call, complete=pieces.complete)
         return Answer(
             "ok", "", came_ns, tuple(pieces.came_ns), pieces.prompt_tokens, pieces.output_tokens, outgoing.sent_ns
         )  # fmt: skip
+
+    def _end(self, call: Any, *, complete: bool) -> None:
+        """Let go of a stream. The server ends one that is complete; that is nothing that its caller waits for."""
+        if call.done():
+            return
+        if not complete:
+            call.cancel()
+            return
+        ending = asyncio.ensure_future(call.code())
+        self._ending.add(ending)
+        ending.add_done_callback(self._ending.discard)
 
     def _failed(self, error: TritonClientError, outgoing: _Outgoing, pieces: _Pieces | None = None) -> Answer:
         return Answer(
