@@ -7,6 +7,7 @@ dies leaves what it measured.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,10 @@ from enginesmith_client.perf._errors import ResultsError
 
 FORMAT = "enginesmith-bench-records"
 VERSION = 1
+# Small, because a load is on its way while it is written out.
+_BUFFER_BYTES = 1 << 16
+_FLUSH_S = 1.0
+_line = json.JSONEncoder(separators=(",", ":")).encode
 
 OutcomeKind: TypeAlias = Literal[
     "ok", "deadline", "overloaded", "connect", "not_ready", "invalid", "server", "cancelled"
@@ -72,12 +77,17 @@ class RecordWriter:
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("w", encoding="utf-8", buffering=1 << 20)
+        self._file = path.open("w", encoding="utf-8", buffering=_BUFFER_BYTES)
+        self._flushed_s = time.monotonic()
         self._file.write(json.dumps({"format": FORMAT, "version": VERSION}) + "\n")
 
     def write(self, record: Record) -> None:
-        """Append one."""
-        self._file.write(json.dumps(_plain(record), separators=(",", ":")) + "\n")
+        """Append one. It is with the operating system a second later at the latest, if another one follows."""
+        self._file.write(_line(_plain(record)) + "\n")
+        now_s = time.monotonic()
+        if now_s - self._flushed_s >= _FLUSH_S:
+            self._file.flush()
+            self._flushed_s = now_s
 
     def close(self) -> None:
         """Write out what is buffered."""
