@@ -43,6 +43,8 @@ class ServerFigures:
     kv_used_bytes: int | None = None
     """The most that was seen."""
     kv_total_bytes: int | None = None
+    kv_used_percent: float | None = None
+    """The most that was seen, of the bytes or blocks that there are."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,8 @@ class Figures:
     """Between two consecutive pieces of a stream, over all pieces of all streams."""
     tpot_ms: Quantiles | None = None
     """(end - first token) / (output tokens - 1), a value for each request."""
+    tokens_per_s_p1: float | None = None
+    """Output tokens of a request over its latency: 99% of requests had at least this."""
     output_tokens_per_s: float | None = None
     prompt_tokens_per_s: float | None = None
     mean_prompt_tokens: float | None = None

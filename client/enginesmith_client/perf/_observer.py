@@ -97,9 +97,10 @@ class Observer:
 
     def _sample(self) -> Sample:
         begun_ns = time.monotonic_ns()
-        statistics = {name: counts for name in self._models if (counts := self._counts(name)) is not None}
+        statistics = self._counts(self._target.model, self._target.version)
+        composing = {name: counts for name in self._models[1:] if (counts := self._counts(name)) is not None}
         at_ns = (begun_ns + time.monotonic_ns()) // 2
-        seen = self._server.look(answers=bool(statistics))
+        seen = self._server.look(answers=statistics is not None)
         gpu = self._gpus.usage() if self._server.identity else None
         busy_s, total_s, stolen_s = machine_cpu_s()
         client_cpu_s = self._own.cpu_s()
@@ -110,6 +111,7 @@ class Observer:
             suspended_s=suspended_s(),
             took_ms=(time.monotonic_ns() - begun_ns) / 1e6,
             statistics=statistics,
+            composing=composing,
             metrics=metrics,
             client_cpu_s=client_cpu_s,
             machine_busy_s=busy_s,
@@ -123,8 +125,7 @@ class Observer:
             gpu_memory_bytes=gpu[1] if gpu else None,
         )
 
-    def _counts(self, model: str) -> ModelCounts | None:
-        version = self._target.version if model == self._target.model else ""
+    def _counts(self, model: str, version: str = "") -> ModelCounts | None:
         try:
             versions = self._client.statistics(model, version=version, timeout_s=_TIMEOUT_S)
         except TritonClientError:
@@ -156,7 +157,7 @@ class Observer:
     def _missing(self) -> list[str]:
         first = self._samples[0]
         notes = []
-        if not first.statistics:
+        if first.statistics is None:
             notes.append("the server gives no statistics of the model")
         if self._server.unseen:
             notes.append(f"CPU and memory of the server are not seen: {self._server.unseen}")

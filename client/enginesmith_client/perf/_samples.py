@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -63,8 +63,10 @@ class Sample:
     """How long the machine has been suspended since it started (CLOCK_BOOTTIME minus CLOCK_MONOTONIC)."""
     took_ms: float = 0.0
     """How long the look itself lasted, waiting included."""
-    statistics: Mapping[str, ModelCounts] = field(default_factory=dict)
-    """By name: of the model and, where it is an ensemble, of the models that it is composed of."""
+    statistics: ModelCounts | None = None
+    """Of the model."""
+    composing: Mapping[str, ModelCounts] = field(default_factory=dict)
+    """Of the models that an ensemble is composed of, by name."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """Lines of ``/metrics`` that a figure is made of, by name and labels but those of the model."""
     client_cpu_s: float = 0.0
@@ -154,15 +156,10 @@ def _check_header(path: Path, line: str) -> None:
         )
 
 
-def around(
-    samples: Sequence[Sample], start_ns: int, end_ns: int, *, model: str | None = None
-) -> tuple[Sample, Sample] | None:
-    """The samples nearest to both ends of a window; None where there are not two different ones.
-
-    With ``model`` only samples count that have its statistics.
-    """
-    usable = [one for one in samples if model is None or model in one.statistics]
-    if len(usable) < 2:
+def around(samples: Iterable[Sample], start_ns: int, end_ns: int) -> tuple[Sample, Sample] | None:
+    """The samples nearest to both ends of a window; None where there are not two different ones."""
+    usable = list(samples)
+    if not usable:
         return None
     before = min(usable, key=lambda sample: abs(sample.at_ns - start_ns))
     later = [one for one in usable if one.at_ns > before.at_ns]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import http.client
+import math
 import re
 from collections.abc import Collection
 from urllib.parse import urlsplit
@@ -32,9 +32,17 @@ def parse_metrics(text: bytes, models: Collection[str]) -> dict[str, float]:
             continue
         rest = ",".join(f'{key}="{one}"' for key, one in sorted(pairs.items()) if key not in _OF_THE_MODEL)
         key = f"{name.decode()}{{{rest}}}" if rest else name.decode()
-        with contextlib.suppress(ValueError):
-            found[key] = found.get(key, 0.0) + float(value)
+        number = _number(value)
+        if math.isfinite(number):
+            found[key] = found.get(key, 0.0) + number
     return found
+
+
+def _number(text: bytes) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 class MetricsPage:
