@@ -118,7 +118,7 @@ class BlockRatio:
 
     Args:
         a, b: the two runs.
-        quantile: of the values; None: the sum of the values in a window.
+        quantile: of the values, the nearest rank; None: the sum of the values in a window.
         seed, resamples: of the bootstrap.
 
     Raises:
@@ -145,11 +145,6 @@ class BlockRatio:
         # The spread of blocks around their own mean is short by one degree of freedom.
         reach = float(np.quantile(np.abs(self._moved), confidence)) * np.sqrt(blocks / (blocks - 1))
         return Interval(self.estimate, self.estimate - reach, self.estimate + reach, confidence)
-
-
-def nearest_rank(ordered: Floats, quantile: float) -> float:
-    """The smallest of the sorted values that at least the fraction ``quantile`` of them does not exceed."""
-    return float(ordered[max(int(np.ceil(quantile * len(ordered))) - 1, 0)])
 
 
 def _drawn(values: Floats, rng: np.random.Generator, resamples: int) -> Floats:

@@ -126,7 +126,11 @@ class _Rounds:
         return warm
 
     def pair(self, number: int, order: Order, profile: Profile) -> tuple[SavedRun, SavedRun]:
-        """The runs of A and B, which were made one right after the other."""
+        """The runs of A and B, which were made one right after the other.
+
+        Both get the same requests at the same times, and every pair others: what chance does to one, it does to both.
+        """
+        profile = profile.model_copy(update={"seed": profile.seed + number})
         reuse = all(complete_run_in(self.directory / _name(number, side)) for side in order)
         done = {
             side: self._one(

@@ -98,26 +98,31 @@ def judged(
     """Every metric with its interval and verdict; those for which there is no estimator are left out.
 
     Primaries and guards share ``1 - options.confidence``: as long as k of them are undecided, each gets an interval of
-    confidence 1 - (1 - confidence) / k, and those that decide keep theirs. Informational ones stand alone.
+    confidence 1 - (1 - confidence) / k, and those that decide keep theirs. To be ``same`` is no discovery: all of them must
+    be, so each needs only ``options.confidence`` (an intersection-union test), as informational ones do.
     """
     made = {item.metric.name: estimator(item) for item in values}
     estimators = {name: one for name, one in made.items() if one is not None}
     values = [item for item in values if item.metric.name in estimators]
+
+    def at(item: Values, confidence: float) -> MetricComparison:
+        return _compared(item, estimators[item.metric.name].interval(confidence), options)
+
+    alone = {item.metric.name: at(item, options.confidence) for item in values}
     undecided = [item for item in values if item.metric.role != "informational"]
     decided: dict[str, MetricComparison] = {}
-    for item in values:
-        if item.metric.role == "informational":
-            interval = estimators[item.metric.name].interval(options.confidence)
-            decided[item.metric.name] = _compared(item, interval, options)
     while undecided:
-        confidence = 1 - (1 - options.confidence) / len(undecided)
-        tried = [
-            _compared(item, estimators[item.metric.name].interval(confidence), options) for item in undecided
-        ]
+        tried = [at(item, 1 - (1 - options.confidence) / len(undecided)) for item in undecided]
         found = [metric for metric in tried if metric.verdict in ("better", "worse")]
-        decided |= {metric.name: metric for metric in found or tried}
-        undecided = [item for item in undecided if found and item.metric.name not in decided]
-    return tuple(decided[item.metric.name] for item in values)
+        if not found:
+            decided |= {
+                metric.name: alone[metric.name] if alone[metric.name].verdict == "same" else metric
+                for metric in tried
+            }
+            break
+        decided |= {metric.name: metric for metric in found}
+        undecided = [item for item in undecided if item.metric.name not in decided]
+    return tuple((alone | decided)[item.metric.name] for item in values)
 
 
 def errors_verdict(a: Side, b: Side, *, confidence: float) -> tuple[Verdict, str]:
