@@ -32,20 +32,21 @@ class Outcome:
     """The exit status."""
     reasons: tuple[str, ...]
     """Why it is not 0, a line each; for people."""
-    tables: tuple[Table, ...]
+    shown: tuple[Table | str, ...]
+    """For stdout."""
 
 
 def tell(outcome: Outcome, directory: Path, *, as_json: bool) -> int:
     """Print what was measured, write its report into ``directory``, and return the exit status."""
-    pages = write_pages(directory)
+    # First what was measured: it must be seen also where no report can be written.
+    if not as_json:
+        _print(outcome.shown)
+    for reason in outcome.reasons:
+        click.echo(reason, err=True)
     if as_json:
         results = json.loads(page(directory, "json"))
         print_json({"exit_status": outcome.status, "directory": directory} | results)
-    else:
-        _print_tables(outcome.tables)
-    for reason in outcome.reasons:
-        click.echo(reason, err=True)
-    click.echo(f"report: {pages[0]}", err=True)
+    click.echo(f"report: {write_pages(directory)[0]}", err=True)
     return outcome.status
 
 
@@ -91,13 +92,13 @@ def _flat(values: Mapping[object, object], prefix: str = "") -> Iterator[tuple[s
             yield f"{prefix}{key}", value
 
 
-def _print_tables(tables: tuple[Table, ...]) -> None:
+def _print(shown: tuple[Table | str, ...]) -> None:
     from rich.console import Console
 
     # A pipe has no width of its own; a table must not be cut there.
     console = Console(width=None if sys.stdout.isatty() else 160)
-    for table in tables:
-        console.print(table, markup=False)
+    for one in shown:
+        console.print(one, markup=False, highlight=False)
 
 
 def status_of(run: Run) -> int:
@@ -114,17 +115,17 @@ def status_words(run: Run) -> Iterator[str]:
     yield from (f"{run.title}: {reason}" for reason in _reasons(run) if run.status != "partial" or run.void)
 
 
-def run_tables(run: Run) -> Iterator[Table]:
-    """Figures, distributions, checks and promises of one run; the title says so where the figures are void."""
+def run_tables(run: Run) -> Iterator[Table | str]:
+    """Figures, distributions, checks and promises of one run; the first line says so where the figures are void."""
     from rich.table import Table
 
     from enginesmith_client.perf._quantities import NOTHING
 
-    version = f" version {run.model_version}" if run.model_version else ""
-    title = f"{run.title}: {run.model}{version}, {run.generator}, {run.window.note or run.ended_because}"
     if run.void:
-        title = f"VOID: the figures below say nothing about the server\n{title}"
-    figures = Table(title=title, title_justify="left", show_header=False)
+        yield "VOID: the figures below say nothing about the server"
+    yield f"{run.title}: {run.model} version {run.model_version}, requests sent by {run.generator}"
+    yield f"measured: {run.window.note or run.ended_because}"
+    figures = Table(show_header=False)
     for row in _figure_rows(run.figures):
         figures.add_row(*row)
     yield figures
@@ -233,16 +234,13 @@ def _usage_rows(figures: Figures) -> Iterator[tuple[str, str, str]]:
     usage = figures.usage
     if usage is None:
         return
-    cpu = [
-        f"{name} {quantity(value, 'percent')}"
-        for name, value in (
-            ("this program", usage.client_cpu_percent),
-            ("whole machine", usage.machine_cpu_percent),
-        )
-        if value is not None
-    ]
-    if usage.server_cpu_percent is not None or cpu:
-        yield "CPU of the server", quantity(usage.server_cpu_percent, "percent"), ", ".join(cpu)
+    for name, percent, of in (
+        ("CPU of the server", usage.server_cpu_percent, "of one core"),
+        ("CPU of this program", usage.client_cpu_percent, "of one core"),
+        ("CPU of the machine", usage.machine_cpu_percent, "of all cores"),
+    ):
+        if percent is not None:
+            yield name, quantity(percent, "percent"), of
     if usage.server_rss_bytes is not None:
         yield "memory of the server", quantity(usage.server_rss_bytes, "bytes"), "resident, at most"
     if usage.gpu_percent is not None:

@@ -59,7 +59,7 @@ def _compared(outcome: Outcome, before: SavedRun, after: SavedRun) -> Outcome:
         outcome,
         status=outcome.status or EXIT_CODES[comparison.verdict],
         reasons=(*outcome.reasons, *comparison_words(comparison)),
-        tables=(*outcome.tables, *comparison_tables(comparison)),
+        shown=(*outcome.shown, *comparison_tables(comparison)),
     )
 
 
@@ -88,8 +88,9 @@ def plan_suite(name: str, flags: LoadFlags, *, only: tuple[str, ...], directory:
     Raises:
         ProfileError: there is no such suite or scenario.
     """
-    from enginesmith.cli_bench_many import suite_reasons, suite_status, suite_tables
     from enginesmith_client.perf._suite import load_suite, run_suite
+
+    from enginesmith.cli_bench_many import suite_reasons, suite_status, suite_tables
 
     suite = load_suite(name)
 

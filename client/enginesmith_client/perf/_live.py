@@ -157,7 +157,8 @@ def _place(progress: Progress) -> str:
 def _time(progress: Progress) -> str:
     if progress.phase in ("preparing", "done"):
         return ""
-    planned = "" if progress.planned_s is None else f" of at most {progress.planned_s:.0f}"
+    known = progress.planned_s is not None and progress.elapsed_s <= progress.planned_s
+    planned = f" of at most {progress.planned_s:.0f}" if known else ""
     return f" {progress.elapsed_s:.0f}{planned} s"
 
 
