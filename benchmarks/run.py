@@ -36,8 +36,9 @@ SCRIPTS = (
     "cancellation",
     "resilience",
     "client",
+    "agreement",
 )
-APART = ("rehearsal", "conversion", "encoders", "resilience", "client")
+APART = ("rehearsal", "conversion", "encoders", "resilience", "client", "agreement")
 """Scripts with options of their own: run by name only, with what follows ``--`` on the command line."""
 _BEGIN, _END = "<!-- results: written by run.py -->", "<!-- end of results -->"
 
