@@ -88,6 +88,6 @@ def made_prompts(
 def _prompt(number: int, count: int, shared: Sequence[str], rng: np.random.Generator) -> str:
     prefix = shared[: count - 1]
     # A server that keeps the KV cache of prompts finds them by how they begin.
-    own = [WORDS[number % len(WORDS)], WORDS[number // len(WORDS) % len(WORDS)]]
+    own = [WORDS[number % len(WORDS)], WORDS[(7 * number + number // len(WORDS) + 1) % len(WORDS)]]
     rest = rng.integers(len(WORDS), size=max(0, count - len(prefix) - 2))
     return " ".join([*prefix, *own[: count - len(prefix)], *(WORDS[index] for index in rest)])

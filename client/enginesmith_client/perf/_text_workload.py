@@ -17,7 +17,7 @@ from enginesmith_client.perf._errors import ProfileError
 from enginesmith_client.perf._lengths import sample
 from enginesmith_client.perf._payload import RefusedError, Subject, Workload, row_shapes, rows_of
 from enginesmith_client.perf._prepared import Prepared, TokenCounts
-from enginesmith_client.perf._prompts import ASSUMED, fit_from_counts, made_prompts
+from enginesmith_client.perf._prompts import ASSUMED, WORDS, fit_from_counts, made_prompts
 from enginesmith_client.perf._prompts_file import read_prompts
 
 _ASKED_WORDS = (24, 96)
@@ -170,6 +170,11 @@ class _Maker:
         )
         return [_Wanted(*one) for one in zip(prompts, prompt_tokens, output_tokens, strict=True)]
 
+    def question(self, prompt_tokens: int, output_tokens: int) -> _Wanted:
+        """A prompt that the run does not send, so that the server keeps nothing of it that would help the run."""
+        rng = np.random.default_rng([self.subject.seed, 3])
+        return self.made([prompt_tokens], [output_tokens], rng=rng, first=len(WORDS) - 1)[0]
+
     def calibrate(self) -> None:
         """Ask the model how many tokens words are, if it reports that.
 
@@ -212,14 +217,14 @@ def _made(maker: _Maker) -> tuple[list[_Wanted], dict[str, Any]]:
     longest = int(np.argmax([sum(both) for both in zip(prompt_tokens, output_tokens, strict=True)]))
     try:
         maker.calibrate()
-        wanted = maker.made(prompt_tokens, output_tokens)
-        counted = maker.count(wanted[longest])
+        question = maker.question(prompt_tokens[longest], output_tokens[longest])
+        counted = maker.count(question)
         if counted is not None and maker.fit.measured and _is_off(counted, prompt_tokens[longest]):
-            words = len(wanted[longest].prompt.split())
+            words = len(question.prompt.split())
             maker.fit = replace(maker.fit, per_word=(counted - maker.fit.fixed) / words)
-            wanted = maker.made(prompt_tokens, output_tokens)
     except RefusedError as error:
         raise _too_long(maker.subject, error, prompt_tokens[longest], output_tokens[longest]) from error
+    wanted = maker.made(prompt_tokens, output_tokens)
     described = {
         "prompts": f"made of common English words; {len(wanted)} different ones are gone round in this order, "
         "so a server that keeps the KV cache of longer ago may find one that it has seen",
@@ -297,7 +302,7 @@ def prompt_error(subject: Subject, prompt_tokens: int, output_tokens: int) -> st
     maker = _Maker(subject, _streaming(subject))
     try:
         maker.calibrate()
-        maker.count(maker.made([prompt_tokens], [output_tokens])[0])
+        maker.count(maker.question(prompt_tokens, output_tokens))
     except RefusedError as error:
         return error.words
     return None
