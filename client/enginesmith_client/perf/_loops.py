@@ -171,11 +171,11 @@ class _Load:
                     # Also when it is late already: whoever has an answer must get its turn.
                     await timer.until(at_ns) if at_ns > time.monotonic_ns() else await asyncio.sleep(0)
                     looked_ns = time.monotonic_ns()
+                if self.ending is not None:
+                    return
                 self._send(number, at_ns, request)
                 if len(self.answering) > load.max_in_flight:
                     self.end(Ending("partial", _too_many(load.max_in_flight)))
-                if self.ending is not None:
-                    return
         finally:
             timer.close()
 
@@ -317,6 +317,9 @@ async def _until_over(
         window = run.measured.window(run.ended_ns, run.ending)
         await _drain(run, reports)
     finally:
+        run.end(_INTERRUPTED)
+        # A task that is cancelled before its first step would leave no record.
+        await asyncio.sleep(0)
         for task in (sender, writer, ended, *run.answering):
             task.cancel()
         await asyncio.gather(sender, writer, ended, *run.answering, return_exceptions=True)
@@ -355,8 +358,6 @@ def _look_at(
 
 async def _drain(run: _Load, reports: _Reports) -> None:
     """Wait for the answers that are on their way, but not longer than the profile allows."""
-    # A task that is cancelled before its first step would leave no record.
-    await asyncio.sleep(0)
     until_ns = run.now_ns() + round(run.drain_s * _NS)
     while run.answering and (left_ns := until_ns - run.now_ns()) > 0:
         await asyncio.wait(set(run.answering), timeout=min(TICK_S, left_ns / _NS))
