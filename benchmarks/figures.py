@@ -116,7 +116,8 @@ def bar_cells(bar: Mapping[str, Any]) -> tuple[str, str, str, str, str]:
     unit = bar["unit"]
     verdicts = {None: NOT_MEASURED, True: "met", False: "MISSED"}
     measured = NOT_MEASURED if bar["measured"] is None else f"{_shown(bar['measured'])}{unit}"
-    runs = "" if bar["low"] is None else f"{_shown(bar['low'])}-{_shown(bar['high'])}{unit}"
+    between = " to " if (bar["low"] or 0) < 0 else "-"
+    runs = "" if bar["low"] is None else f"{_shown(bar['low'])}{between}{_shown(bar['high'])}{unit}"
     return bar["name"], measured, runs, f"{bar['relation']} {bar['limit']:g}{unit}", verdicts[bar["met"]]
 
 
