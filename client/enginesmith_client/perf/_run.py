@@ -112,7 +112,7 @@ def recompute(saved: SavedRun) -> Figures:
     run = saved.run
     profile = Profile.model_validate(run.profile)
     samples = read_samples(saved.directory / SAMPLES_FILE)
-    return _figures(saved.records(), run.window, profile, samples, model=run.model)
+    return _figures(saved.records(), run.window, profile, samples)
 
 
 @dataclass(frozen=True)
@@ -297,7 +297,7 @@ def _judged(
 ) -> Run:
     """What was measured, with its figures and what may be thought of them."""
     window, records, samples = measured.window, measured.records, measured.samples
-    figures = _figures(records, window, profile, samples, model=target.model)
+    figures = _figures(records, window, profile, samples)
     by_perf_analyzer = bool(measured.command)
     generator = "perf_analyzer" if by_perf_analyzer else "enginesmith"
     checks = checks_of(records, window, figures, samples, profile, loop=measured.loop, generator=generator)
@@ -326,10 +326,10 @@ def _judged(
 
 
 def _figures(
-    records: Sequence[Record], window: Window, profile: Profile, samples: Sequence[Sample], *, model: str
+    records: Sequence[Record], window: Window, profile: Profile, samples: Sequence[Sample]
 ) -> Figures:
     closed = isinstance(profile.load, ClosedLoad)
-    return figures_of(records, window, profile, samples, closed=closed, model=model)
+    return figures_of(records, window, profile, samples, closed=closed)
 
 
 def _trace(profile: Profile) -> Iterator[Due]:
