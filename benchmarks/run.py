@@ -37,8 +37,9 @@ SCRIPTS = (
     "resilience",
     "client",
     "agreement",
+    "generator",
 )
-APART = ("rehearsal", "conversion", "encoders", "resilience", "client", "agreement")
+APART = ("rehearsal", "conversion", "encoders", "resilience", "client", "agreement", "generator")
 """Scripts with options of their own: run by name only, with what follows ``--`` on the command line."""
 _BEGIN, _END = "<!-- results: written by run.py -->", "<!-- end of results -->"
 
