@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import recorded_runs
 
-from enginesmith_client.perf._figures import Figures, Quantiles, ServerFigures, UsageFigures
+from enginesmith_client.perf._compare_live import compare_live
+from enginesmith_client.perf._figures import Figures, ServerFigures
+from enginesmith_client.perf._ladder import Ladder
+from enginesmith_client.perf._metrics import figures_of, slo_verdicts
 from enginesmith_client.perf._profile import Profile
 from enginesmith_client.perf._records import Record, RecordWriter
 from enginesmith_client.perf._run_files import (
@@ -24,6 +27,8 @@ from enginesmith_client.perf._run_files import (
     save_run,
 )
 from enginesmith_client.perf._samples import Sample, SampleWriter
+from enginesmith_client.perf._sweep import sweep
+from enginesmith_client.perf._target import Target
 
 HOSTILE = (
     "<script>document.title='owned'</script><img src=x onerror=alert(1)> | `a` [b](http://x.invalid) \"'&"
@@ -93,98 +98,43 @@ def samples(*, seconds: int = 42, cores: float = 1.6) -> list[Sample]:
     ]
 
 
-def quantiles(values_ms: Sequence[float]) -> Quantiles | None:
-    """Nearest rank."""
-    if not len(values_ms):
-        return None
-    ordered = np.sort(np.asarray(values_ms, dtype=float))
-
-    def at(share: float) -> float:
-        return float(ordered[int(np.ceil(share * ordered.size)) - 1])
-
-    return Quantiles(
-        count=ordered.size,
-        mean=float(ordered.mean()),
-        p50=at(0.5),
-        p90=at(0.9),
-        p95=at(0.95),
-        p99=at(0.99) if ordered.size >= 100 else None,
-        p999=at(0.999) if ordered.size >= 1000 else None,
-        max=float(ordered[-1]),
-    )
-
-
-def figures_of(records: Sequence[Record], seconds: float, **others: Any) -> Figures:
-    """Enough of them for a report; the real ones are tested elsewhere."""
-    answered = [record for record in records if record.ok]
-    streams = [record for record in answered if len(record.piece_ns) > 1]
-    tokens = sum(record.output_tokens or 0 for record in answered)
-    streamed: dict[str, Any] = {}
-    if streams:
-        streamed = {
-            "ttft_ms": quantiles([(record.piece_ns[0] - record.due_ns) / 1e6 for record in streams]),
-            "itl_ms": quantiles(list(np.concatenate([np.diff(record.piece_ns) for record in streams]) / 1e6)),
-            "tpot_ms": quantiles([(one.piece_ns[-1] - one.piece_ns[0]) / 31e6 for one in streams]),
-            "output_tokens_per_s": tokens / seconds,
-        }
-    figures = Figures(
-        duration_s=seconds,
-        requests=len(records),
-        errors=dict(Counter(record.outcome for record in records if not record.ok)),
-        requests_per_s=len(answered) / seconds,
-        rows_per_s=len(answered) / seconds,
-        offered_per_s=None,
-        latency_ms=quantiles([record.latency_ns / 1e6 for record in answered]),
-        usage=UsageFigures(
-            client_cpu_percent=11.0,
-            server_cpu_percent=151.2,
-            machine_cpu_percent=82.0,
-            server_rss_bytes=986 << 20,
-        ),
-        **streamed,
-    )
-    return replace(figures, **others)
-
-
 def save(
     directory: Path,
     records: Sequence[Record],
     profile: Mapping[str, Any],
     *,
-    figures: Figures,
-    window: Window | None = None,
+    server: ServerFigures | None = None,
     with_samples: bool = True,
     **fields: Any,
 ) -> SavedRun:
-    """Write a run; ``fields`` replace those of ``Run``."""
+    """Write a run with the figures of its records; ``fields`` replace those of ``Run``."""
     with RecordWriter(directory / RECORDS_FILE) as writer:
         for record in records:
             writer.write(record)
-    if with_samples:
+    seen = samples() if with_samples else []
+    if seen:
         with SampleWriter(directory / SAMPLES_FILE) as sample_writer:
-            for sample in samples():
+            for sample in seen:
                 sample_writer.write(sample)
-    default = Window(
-        int(4e9),
-        max(record.ended_ns for record in records) if records else int(30e9),
-        True,
-        "3 windows agreed",
-    )
+    of = Profile.model_validate(profile)
+    last_ns = max(record.ended_ns for record in records) + 1
+    window = Window(min(int(4e9), last_ns // 10), last_ns, True, "3 windows agreed")
+    figures = figures_of(records, window, of, seen, closed=of.load.loop == "closed")
     run = Run(
         title="chat-short, 6.0 /s",
         model="smollm2-135m-int4-awq",
         model_version="1",
         url="grpc://127.0.0.1:8001",
-        profile=Profile.model_validate(profile).as_json(),
+        profile=of.as_json(),
         profile_digest="3f" * 32,
         started="2026-11-23T08:00:00+00:00",
         generator="enginesmith",
         status="complete",
         ended_because="steady",
-        window=window or default,
-        figures=figures,
+        window=window,
+        figures=replace(figures, server=server),
         checks=(),
-        slo=(),
+        slo=slo_verdicts(figures, of.slo),
         machine=MACHINE,
         versions=VERSIONS,
         workload={"kind": "text", "tokens_per_word": 1.31, "different": 64},
@@ -203,6 +153,7 @@ OPEN = {
     "slo": {"p99_latency_ms": 1200.0, "ttft_ms": 400.0, "itl_ms": 60.0},
     "price": {"per_hour": 0.42},
 }
+CLOSED = {"name": "tensors", "load": {"loop": "closed", "concurrency": 16}, "slo": {"p99_latency_ms": 3.0}}
 
 
 def good_run(directory: Path) -> SavedRun:
@@ -213,51 +164,30 @@ def good_run(directory: Path) -> SavedRun:
         executions=7168, batch_sizes={1: 310, 2: 822, 3: 1804, 4: 2204, 5: 1210, 6: 602, 8: 216}, mean_batch=3.7,
         kv_hit_percent=41.5, kv_used_bytes=180 << 20, kv_total_bytes=512 << 20,
     )  # fmt: skip
-    figures = figures_of(
-        records, 40.0, offered_per_s=6.0, good_per_s=5.9, good_percent=98.3, server=server,
-        send_lag_ms=quantiles([record.lag_ns / 1e6 for record in records]), cost_per_million_output_tokens=0.61,
-    )  # fmt: skip
-    slo = (
-        SloVerdict("p99_latency_ms", 1200.0, figures.latency_ms.p99 if figures.latency_ms else None, True),
-        SloVerdict("ttft_ms", 400.0, 300.2, True),
-        SloVerdict("max_error_percent", 0.0, 0.0, True),
-    )
-    return save(directory, records, OPEN, figures=figures, slo=slo)
+    return save(directory, records, OPEN, server=server)
 
 
 def troubled_run(directory: Path) -> SavedRun:
-    """Ended early, failures that say hostile things, warnings, a broken promise."""
-    records = llm_records(fail_every=7)
-    figures = figures_of(records, 40.0, offered_per_s=6.0, good_per_s=4.4, good_percent=73.1)
+    """Ended early, failures that say hostile things, warnings, broken promises."""
     return save(
-        directory, records, OPEN, figures=figures, status="partial", ended_because="the server is lost",
+        directory, llm_records(fail_every=7), OPEN | {"slo": {"p99_latency_ms": 600.0, "itl_ms": 60.0}},
         title=f"chat {HOSTILE}", model=HOSTILE, generator="perf_analyzer", command=f"perf_analyzer -m {HOSTILE}",
+        status="partial", ended_because="the server is lost", workload={"kind": HOSTILE, HOSTILE: {"inner": HOSTILE}},
         checks=(Check("errors", "warning", f"14% of the requests failed; the first said: {HOSTILE}"),),
-        slo=(
-            SloVerdict("p99_latency_ms", 600.0, 912.0, False),
-            SloVerdict("min_tokens_per_s", 20.0, None, None),
-            SloVerdict("max_error_percent", 0.0, 14.3, False),
-        ),
-        workload={"kind": HOSTILE, HOSTILE: {"inner": HOSTILE}},
     )  # fmt: skip
 
 
 def void_run(directory: Path) -> SavedRun:
     """A generator that measured itself."""
-    records = tensor_records(20_000, median_ms=0.9)
-    server = ServerFigures(
-        20_000, 0.08, 0.01, 0.11, 0.01, 6120, batch_sizes={1: 1400, 2: 1020, 4: 3700}, mean_batch=3.2
-    )
-    check = Check(
-        "client-cpu",
-        "void",
+    batches = {1: 1400, 2: 1020, 4: 3700}
+    words = (
         "the load generator used 98% of a core: it is what was measured, not the server. "
-        "Measure with perf_analyzer (load: generator: perf_analyzer) and trust its figure.",
+        "Measure with perf_analyzer (load: generator: perf_analyzer) and trust its figure."
     )
     return save(
-        directory, records, {"load": {"concurrency": 16}, "slo": {"p99_latency_ms": 3}}, title="echo, 16 at a time",
-        model="echo", figures=figures_of(records, 30.0, server=server), checks=(check,),
-        slo=(SloVerdict("p99_latency_ms", 3.0, 2.1, True),), workload={"kind": "tensors"},
+        directory, tensor_records(20_000, median_ms=0.9), CLOSED, title="echo, 16 at a time", model="echo",
+        checks=(Check("client-cpu", "void", words),), workload={"kind": "tensors"},
+        server=ServerFigures(20_000, 0.08, 0.01, 0.11, 0.01, 6120, batch_sizes=batches, mean_batch=3.2),
     )  # fmt: skip
 
 
@@ -267,7 +197,56 @@ def empty_run(directory: Path) -> SavedRun:
         "zero-answered", "void", "not one request was answered; the first failed with: connection refused"
     )
     records = [Record(0, 0, 0, 10_000_000, "connect", "refused")]
-    figures = Figures(30.0, 1, {"connect": 1}, 0.0, 0.0, None, None)
-    return save(
-        directory, records, {"load": {"concurrency": 1}}, figures=figures, checks=(check,), with_samples=False
+    return save(directory, records, CLOSED, checks=(check,), with_samples=False)
+
+
+def short_run(directory: Path) -> SavedRun:
+    """A handful of answers, all of them alike: nothing to spread an axis over."""
+    records = [
+        Record(number, number * 10**9, number * 10**9, number * 10**9 + 5_000_000) for number in range(4)
+    ]
+    return save(directory, records, CLOSED, with_samples=False)
+
+
+def a_sweep(directory: Path) -> None:
+    """Seven loads of a server that does 100 requests at a time well; the SLO breaks at the sixth; one point is void."""
+
+    def figures(_: Target, profile: Profile) -> Figures:
+        load = recorded_runs.load_of(profile)
+        per_s = 400 * load / (load + 8)
+        p50_ms = 1000 * load / per_s
+        made = recorded_runs.figures(p50_ms=p50_ms, requests_per_s=per_s, count=2000)
+        return replace(made, good_per_s=per_s if p50_ms < 90 else per_s / 3)
+
+    def fields(_: Target, profile: Profile) -> Mapping[str, Any]:
+        load = recorded_runs.load_of(profile)
+        measured = 1.6 * (1000 / 400) * (load + 8)
+        void = (recorded_runs.void_check(f"the clock jumped {HOSTILE}"),) if load == 2 else ()
+        return {"slo": (SloVerdict("p99_latency_ms", 150.0, measured, measured <= 150.0),), "checks": void}
+
+    profile = Profile.model_validate(CLOSED | {"slo": {"p99_latency_ms": 150.0}})
+    runs = recorded_runs.RecordedRuns(figures, fields)
+    sweep(
+        Target("m"),
+        profile,
+        Ladder("concurrency", (1, 2, 4, 8, 16, 32, 64, 128)),
+        directory=directory,
+        run=runs,
     )
+
+
+def a_comparison(directory: Path, *, slower: float = 1.05, void: bool = False) -> None:
+    """Ten rounds in which B takes ``slower`` times as long."""
+    rng = np.random.default_rng(5)
+
+    def run(target: Target, profile: Profile, *, directory: Path, **_: Any) -> SavedRun:
+        factor = (slower if target.model == "b" else 1.0) * float(rng.normal(1.0, 0.008))
+        checks = (recorded_runs.void_check(f"the clock jumped {HOSTILE}"),) if void else ()
+        records = tensor_records(int(1500 / factor), seconds=5.0, median_ms=6.0 * factor)
+        return save(
+            directory, records, profile.as_json(), model=target.model, with_samples=False, checks=checks,
+            workload={"kind": "tensors"},
+        )  # fmt: skip
+
+    profile = Profile.model_validate(CLOSED)
+    compare_live(Target("a"), Target("b"), profile, rounds=10, directory=directory, run=run)

@@ -11,16 +11,17 @@ from dataclasses import dataclass
 from html import escape
 
 from enginesmith_client.perf._forest_chart import forest_of
-from enginesmith_client.perf._plots import Axis, Bars, Forest, Histogram, Lines, Mark, Plot, Series
+from enginesmith_client.perf._plots import Axis, Bars, Forest, Histogram, Lines, Mark, Plot, Series, Span
 from enginesmith_client.perf._quantities import quantity, tick
 from enginesmith_client.perf._scales import Scale, linear_scale, log_scale
 from enginesmith_client.perf._svg import LETTER, WIDTH, drawing, element, path, stairs, text, tooltip
 
 HEIGHT = 310.0
-_LEFT, _RIGHT, _BOTTOM = 66.0, 18.0, 46.0
+_LEFT, _RIGHT, _BOTTOM = 78.0, 18.0, 46.0
 _LINE = 17.0
-_MOST_DOTS = 60
+_MOST_DOTS = 24
 """Lines of more points are drawn without dots."""
+_MOST_TOOLTIPS = 60
 
 
 def svg_of(plot: Plot) -> str:
@@ -63,6 +64,8 @@ def _svg(plot: Lines | Histogram | Bars, *content: str) -> str:
 
 
 def _scale(axis: Axis, values: Iterable[float], *, first: float, last: float) -> Scale:
+    if axis.ends is not None:
+        return Scale(*axis.ends, first, last, log=axis.log)
     if axis.log:
         return log_scale(values, first=first, last=last)
     binary = axis.unit == "bytes"
@@ -70,7 +73,7 @@ def _scale(axis: Axis, values: Iterable[float], *, first: float, last: float) ->
 
 
 def _lines(plot: Lines) -> str:
-    legend = _legend(plot.series)
+    legend = _legend(plot.series, plot.spans)
     xs = [x for series in plot.series for x in series.x] + [spot.x for spot in plot.spots]
     ys = [y for series in plot.series for y in series.y if y is not None] + [spot.y for spot in plot.spots]
     xs += [mark.value for mark in plot.marks if mark.along == "x"]
@@ -81,7 +84,7 @@ def _lines(plot: Lines) -> str:
     frame = _Frame(top, x, _scale(plot.y, ys, first=HEIGHT - _BOTTOM, last=top))
     return _svg(
         plot,
-        *(_span(frame, span.low, span.high, span.label) for span in plot.spans),
+        *(_span(frame, span) for span in plot.spans),
         _axes(frame, plot.x, plot.y),
         *(_mark(frame, mark) for mark in plot.marks),
         *(_series(frame, plot, number) for number in range(len(plot.series))),
@@ -115,7 +118,7 @@ def _series(frame: _Frame, plot: Lines, number: int) -> str:
         pieces.append(element("path", d=path(corners), class_=f"line series-{number}"))
     few = len(series.x) <= _MOST_DOTS
     for place, (x, y) in enumerate(zip(series.x, series.y, strict=True)):
-        if y is None or not (few or place % math.ceil(len(series.x) / _MOST_DOTS) == 0):
+        if y is None or not (few or place % math.ceil(len(series.x) / _MOST_TOOLTIPS) == 0):
             continue
         said = series.labels[place] if series.labels else _values(plot, series, x, y)
         class_ = f"dot series-{number}" if few and not series.steps else "hover"
@@ -144,14 +147,17 @@ def _pieces(series: Series) -> list[list[tuple[float, float]]]:
     return [piece for piece in pieces if piece]
 
 
-def _legend(series: Sequence[Series]) -> str:
-    if len(series) < 2:
-        return ""
+def _legend(series: Sequence[Series], spans: Sequence[Span]) -> str:
+    """What lines and shades are; nothing for a single line."""
     x, parts = _LEFT, []
-    for number, one in enumerate(series):
+    for number, one in enumerate(series if len(series) > 1 else ()):
         parts.append(element("path", d=path([(x, 14), (x + 24, 14)]), class_=f"line series-{number}"))
         parts.append(text(one.name, x + 30, 18, class_="legend"))
         x += 30 + len(one.name) * LETTER + 22
+    for span in spans:
+        parts.append(element("rect", x=x, y=8, width=24, height=12, class_="span"))
+        parts.append(text(span.label, x + 30, 18, class_="legend"))
+        x += 30 + len(span.label) * LETTER + 22
     return "".join(parts)
 
 
@@ -160,24 +166,28 @@ def _axes(frame: _Frame, x: Axis, y: Axis) -> str:
     for value in _apart(frame.x, x):
         at = frame.x(value)
         parts.append(element("path", d=path([(at, frame.floor), (at, frame.floor + 5)]), class_="axis"))
-        parts.append(text(tick(value, x.unit), at, frame.floor + 19, class_="tick", anchor="middle"))
+        parts.append(
+            text(tick(value, x.unit, base=frame.x.base), at, frame.floor + 19, class_="tick", anchor="middle")
+        )
     return "".join(parts)
 
 
 def _ground(frame: _Frame, x_label: str, y: Axis) -> str:
     """All of the axes but the ticks of x."""
     parts = []
-    for value in frame.y.ticks(5):
+    for value in frame.y.ticks(6):
         at = frame.y(value)
         parts.append(element("path", d=path([(_LEFT, at), (WIDTH - _RIGHT, at)]), class_="grid"))
-        parts.append(text(tick(value, y.unit), _LEFT - 8, at + 4, class_="tick", anchor="end"))
+        parts.append(
+            text(tick(value, y.unit, base=frame.y.base), _LEFT - 8, at + 4, class_="tick", anchor="end")
+        )
     parts.append(
         element("path", d=path([(_LEFT, frame.floor), (WIDTH - _RIGHT, frame.floor)]), class_="axis")
     )
     parts.append(
         text(x_label, (_LEFT + WIDTH - _RIGHT) / 2, HEIGHT - 8, class_="axis-label", anchor="middle")
     )
-    turned = f"translate(13 {(frame.top + frame.floor) / 2:.0f}) rotate(-90)"
+    turned = f"translate(11 {(frame.top + frame.floor) / 2:.0f}) rotate(-90)"
     parts.append(
         element("text", escape(y.label), transform=turned, class_="axis-label", text_anchor="middle")
     )
@@ -189,7 +199,7 @@ def _apart(scale: Scale, axis: Axis) -> list[float]:
     chosen: list[float] = []
     end = 0.0
     for value in scale.ticks(7):
-        half = len(tick(value, axis.unit)) * LETTER / 2
+        half = len(tick(value, axis.unit, base=scale.base)) * LETTER / 2
         if scale(value) - half > end and scale(value) + half < WIDTH:
             chosen.append(value)
             end = scale(value) + half + 8
@@ -239,18 +249,12 @@ def _at_row(label: _Label, row: int, *, first: float) -> str:
     return text(label.words, label.x, first + _LINE * row, class_=label.class_, anchor="middle")
 
 
-def _span(frame: _Frame, low: float, high: float, label: str) -> str:
-    left, right = frame.x(low), frame.x(high)
-    box = element(
-        "rect",
-        tooltip(label),
-        x=left,
-        y=frame.top,
-        width=max(right - left, 1),
-        height=frame.floor - frame.top,
-        class_="span",
+def _span(frame: _Frame, span: Span) -> str:
+    left, right = frame.x(span.low), frame.x(span.high)
+    words, height = tooltip(span.label), frame.floor - frame.top
+    return element(
+        "rect", words, x=left, y=frame.top, width=max(right - left, 1), height=height, class_="span"
     )
-    return box + text(label, left + 4, frame.floor - 6, class_="span-label")
 
 
 def _beside(x: float, y: float, words: str) -> tuple[float, float]:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from enginesmith_client.perf._metrics import NEEDED, population
 from enginesmith_client.perf._plots import Axis, Bars, Histogram, Lines, Mark, Plot, Series
 from enginesmith_client.perf._quantities import quantity
 from enginesmith_client.perf._records import Record
@@ -27,12 +28,8 @@ _LOG_FROM = 8.0
 
 
 def measured(run: Run, records: Iterable[Record]) -> list[Record]:
-    """The records that the figures of ``run`` are of: in a closed loop those that ended within the window, in an
-    open one those that were due in it. docs/bench-metrics.md says why."""
-    start, end = run.window.start_ns, run.window.end_ns
-    if run.profile.get("load", {}).get("loop") == "open":
-        return [record for record in records if start <= record.due_ns < end]
-    return [record for record in records if start <= record.ended_ns < end]
+    """The records that the figures of ``run`` are of."""
+    return population(records, run.window, closed=run.profile.get("load", {}).get("loop") != "open")
 
 
 @dataclass(frozen=True)
@@ -64,7 +61,9 @@ def distribution_plots(run: Run, times: Times) -> tuple[Plot, ...]:
     if times.ttft.size:
         plots.append(histogram("Time to first token", times.ttft, limit_ms=slo.get("ttft_ms")))
     if times.itl.size:
-        plots.append(histogram("Inter-token latency", times.itl, limit_ms=slo.get("itl_ms")))
+        plots.append(
+            histogram("Inter-token latency", times.itl, limit_ms=slo.get("itl_ms"), limit_of=" for the mean")
+        )
     if run.figures.server and run.figures.server.batch_sizes:
         plots.append(_batch_sizes(run.figures.server.batch_sizes))
     return tuple(plots)
@@ -76,16 +75,9 @@ def latency_cdf(populations: Mapping[str, Values], slo: Mapping[str, Any]) -> Li
     marks: list[Mark] = []
     words = []
     for name, values in populations.items():
-        p50, p99 = at_quantile(values, 0.5), at_quantile(values, 0.99)
-        words.append(
-            f"{name}: half within {quantity(p50, 'ms')}, 99% within {quantity(p99, 'ms')}, "
-            f"all within {quantity(float(values[-1]), 'ms')}"
-        )
+        words.append(f"{name}: {_within(values)}, all within {quantity(float(values[-1]), 'ms')}")
         if len(populations) == 1:
-            marks += [
-                Mark("x", p50, f"p50 {quantity(p50, 'ms')}"),
-                Mark("x", p99, f"p99 {quantity(p99, 'ms')}"),
-            ]
+            marks += _middle_and_tail(values)
     if slo.get("p99_latency_ms") is not None:
         marks.append(_limit(slo["p99_latency_ms"]))
     return Lines(
@@ -98,8 +90,8 @@ def latency_cdf(populations: Mapping[str, Values], slo: Mapping[str, Any]) -> Li
     )
 
 
-def histogram(title: str, values: Values, *, limit_ms: float | None) -> Histogram:
-    """``values`` (sorted, ms) in bins from the smallest to the largest."""
+def histogram(title: str, values: Values, *, limit_ms: float | None, limit_of: str = "") -> Histogram:
+    """``values`` (sorted, ms) in bins from the smallest to the largest. ``limit_of`` says what the limit is of."""
     low, high = float(values[0]), float(values[-1])
     log = low > 0 and high / low > _LOG_FROM
     if low == high:
@@ -108,14 +100,20 @@ def histogram(title: str, values: Values, *, limit_ms: float | None) -> Histogra
     edges[-1] = np.nextafter(edges[-1], np.inf)
     edges[0] = min(edges[0], low)
     counts, _ = np.histogram(values, edges)
-    p50, p99 = at_quantile(values, 0.5), at_quantile(values, 0.99)
-    marks = [Mark("x", p50, f"p50 {quantity(p50, 'ms')}"), Mark("x", p99, f"p99 {quantity(p99, 'ms')}")]
-    if limit_ms is not None:
-        marks.append(_limit(limit_ms))
+    marks = _middle_and_tail(values)
+    ends = float(edges[0]), float(edges[-1])
+    if limit_ms is not None and low / 2 <= limit_ms <= high * 2:
+        marks.append(_limit(limit_ms, limit_of))
+        ends = min(ends[0], limit_ms), max(ends[1], limit_ms)
+    elif limit_ms is not None:
+        side = "right" if limit_ms > high else "left"
+        marks.append(
+            Mark("x", limit_ms, f"SLO {quantity(limit_ms, 'ms')}{limit_of}, far to the {side}", "bad")
+        )
     return Histogram(
         title=title,
-        words=f"{values.size:,} values; half within {quantity(p50, 'ms')}, 99% within {quantity(p99, 'ms')}",
-        x=Axis(f"{title.lower()}, logarithmic" if log else title.lower(), "ms", log=log, from_zero=False),
+        words=f"{values.size:,} values; {_within(values)}",
+        x=Axis(f"{title.lower()}, logarithmic" if log else title.lower(), "ms", log=log, ends=ends),
         edges=tuple(float(edge) for edge in edges),
         counts=tuple(int(count) for count in counts),
         marks=tuple(marks),
@@ -123,12 +121,27 @@ def histogram(title: str, values: Values, *, limit_ms: float | None) -> Histogra
 
 
 def at_quantile(values: Values, share: float) -> float:
-    """The nearest-rank quantile of sorted values."""
-    return float(values[max(math.ceil(share * values.size) - 1, 0)])
+    """A quantile of sorted values, by the same rank as in the figures."""
+    return float(values[math.floor(share * (values.size - 1) + 0.5)])
 
 
-def _limit(value: float) -> Mark:
-    return Mark("x", value, f"SLO {quantity(value, 'ms')}", "bad")
+def _has_p99(values: Values) -> bool:
+    return values.size >= NEEDED[99.0]
+
+
+def _within(values: Values) -> str:
+    half = f"half within {quantity(at_quantile(values, 0.5), 'ms')}"
+    return f"{half}, 99% within {quantity(at_quantile(values, 0.99), 'ms')}" if _has_p99(values) else half
+
+
+def _middle_and_tail(values: Values) -> list[Mark]:
+    shares = {"p50": 0.5, "p99": 0.99} if _has_p99(values) else {"p50": 0.5}
+    found = {name: at_quantile(values, share) for name, share in shares.items()}
+    return [Mark("x", value, f"{name} {quantity(value, 'ms')}") for name, value in found.items()]
+
+
+def _limit(value: float, of: str = "") -> Mark:
+    return Mark("x", value, f"SLO {quantity(value, 'ms')}{of}", "bad")
 
 
 def _cdf(name: str, values: Values) -> Series:

@@ -22,6 +22,8 @@ class Axis:
     log: bool = False
     from_zero: bool = True
     """Of linear axes."""
+    ends: tuple[float, float] | None = None
+    """Where it begins and ends; None: at round values around what is drawn."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ Unit: TypeAlias = Literal["ms", "s", "per_s", "percent", "bytes", "count", "rati
 
 NOTHING = "–"
 """Stands where there is no figure."""
+_BYTES = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 def quantity(value: float | None, unit: Unit) -> str:
@@ -20,7 +21,7 @@ def quantity(value: float | None, unit: Unit) -> str:
         case "ms":
             return duration(value)
         case "s":
-            return duration(value * 1e3)
+            return duration(value * 1e3) if value else "0 s"
         case "per_s":
             return f"{significant(value)} /s"
         case "percent":
@@ -50,11 +51,11 @@ def duration(ms: float) -> str:
 
 def byte_size(count: float) -> str:
     """Bytes in powers of 1024."""
-    for suffix in ("B", "KiB", "MiB", "GiB"):
+    for suffix in _BYTES[:-1]:
         if abs(count) < 1000:
             return f"{significant(count)} {suffix}"
         count /= 1024
-    return f"{significant(count)} TiB"
+    return f"{significant(count)} {_BYTES[-1]}"
 
 
 def change(ratio: float) -> str:
@@ -78,8 +79,11 @@ def significant(value: float) -> str:
     return f"{rounded:.{max(digits, 0)}f}".replace("-", "−")
 
 
-def tick(value: float, unit: Unit) -> str:
-    """As ``quantity``, without digits that say nothing: for axes."""
+def tick(value: float, unit: Unit, *, base: float = 1.0) -> str:
+    """As ``quantity``, without digits that say nothing: for axes. ``base``: the unit of bytes, the same for all ticks."""
+    if unit == "bytes":
+        suffix = _BYTES[round(math.log(base, 1024))]
+        return f"{value / base:g} {suffix}" if value else "0"
     text = quantity(value, unit)
     number, space, suffix = text.partition(" ")
     percent = "%" if number.endswith("%") else ""

@@ -11,12 +11,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from enginesmith_client.perf._comparison import COMPARISON_FILE
 from enginesmith_client.perf._errors import ResultsError
+from enginesmith_client.perf._report_comparison import report_of_comparison
 from enginesmith_client.perf._report_html import html_of
 from enginesmith_client.perf._report_markdown import markdown_of
 from enginesmith_client.perf._report_model import Report
 from enginesmith_client.perf._report_run import report_of_run
+from enginesmith_client.perf._report_sweep import report_of_sweep
 from enginesmith_client.perf._run_files import RUN_FILE, load_run
+from enginesmith_client.perf._sweep import SWEEP_FILE
 
 FORMAT = "enginesmith-bench-report"
 VERSION = 1
@@ -61,6 +65,8 @@ def _run(directory: Path) -> Report:
 
 
 _REPORTS: Mapping[str, Callable[[Path], Report]] = {
+    COMPARISON_FILE: report_of_comparison,
+    SWEEP_FILE: report_of_sweep,
     RUN_FILE: _run,
 }
 """By the file that tells. In this order: a directory of many runs has none of its own."""

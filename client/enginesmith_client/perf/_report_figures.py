@@ -13,8 +13,8 @@ from enginesmith_client.perf._run_files import Run, SloVerdict
 SLO_NAMES: Mapping[str, tuple[str, Unit]] = {
     "p99_latency_ms": ("latency, p99", "ms"),
     "ttft_ms": ("time to first token, p99", "ms"),
-    "itl_ms": ("inter-token latency of a request, p99", "ms"),
-    "min_tokens_per_s": ("output tokens per second of a request", "per_s"),
+    "itl_ms": ("time per output token, p99", "ms"),
+    "min_tokens_per_s": ("output tokens per second that 99% of requests had", "per_s"),
     "max_error_percent": ("failed requests", "percent"),
 }
 """Keys of the profile's SLO: in words, and their unit."""
@@ -30,7 +30,10 @@ DEFINITIONS: tuple[tuple[str, str], ...] = (
         "time per output token (TPOT)",
         "(end − first token) / (output tokens − 1), one value for each request.",
     ),
-    ("p50, p90, …", "Nearest-rank quantiles; none where there are too few samples to have one."),
+    (
+        "p50, p90, …",
+        "A value that was measured: the one of that rank. None where too few were measured to have one beyond it.",
+    ),
     ("throughput", "Answered requests (tokens, rows) that ended within the window, divided by its length."),
     ("offered", "Requests that were due per second: what an open loop asks for."),
     ("goodput", "Answered requests per second that kept every limit of the SLO."),
@@ -127,6 +130,7 @@ def _amounts(figures: Figures, profile: Mapping[str, Any]) -> Table:
         ("output tokens", figures.output_tokens_per_s, "per_s"),
         ("prompt tokens", figures.prompt_tokens_per_s, "per_s"),
         ("output tokens of a request, mean", figures.mean_output_tokens, "plain"),
+        ("output tokens per second of a request, p1", figures.tokens_per_s_p1, "per_s"),
         ("prompt tokens of a request, mean", figures.mean_prompt_tokens, "plain"),
     )
     rows = [(name, quantity(value, unit)) for name, value, unit in named if value is not None]
@@ -150,6 +154,7 @@ def _server(server: ServerFigures) -> Table:
         ("batch size, mean", server.mean_batch, "plain"),
         ("prompt tokens from the KV cache", server.kv_hit_percent, "percent"),
         ("KV cache used, at most", server.kv_used_bytes, "bytes"),
+        ("KV cache used, at most, of all", server.kv_used_percent, "percent"),
         ("KV cache in all", server.kv_total_bytes, "bytes"),
     )
     rows = tuple((name, quantity(value, unit)) for name, value, unit in named if value is not None)

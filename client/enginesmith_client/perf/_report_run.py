@@ -121,14 +121,16 @@ def flattened(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[st
     for key, value in mapping.items():
         if isinstance(value, Mapping):
             yield from flattened(value, f"{prefix}{key}.")
-        elif value is not None:
+        elif value is not None and value != [] and value != "":
             words = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            if key.endswith("_bytes") and isinstance(value, int):
+                words = quantity(value, "bytes")
             yield f"{prefix}{key}", words if len(words) <= _LONGEST_VALUE else f"{words[:_LONGEST_VALUE]} …"
 
 
 def _given(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: _given(inner) for key, inner in value.items() if inner is not None and inner != {}}
+        return {key: _given(inner) for key, inner in value.items() if inner not in (None, {}, "")}
     if isinstance(value, list | tuple):
         return [_given(inner) for inner in value]
     return value

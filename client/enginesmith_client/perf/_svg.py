@@ -8,7 +8,7 @@ from itertools import pairwise
 
 WIDTH = 560.0
 """Of every drawing, in its own units."""
-LETTER = 6.6
+LETTER = 7.6
 """A little more than the mean width of a letter in the size that the style gives: text cannot be measured here."""
 _MARKUP = "http://www.w3.org/2000/svg"
 

@@ -17,7 +17,6 @@ from enginesmith_client.perf._samples import Sample
 
 _WIDTHS_S = (1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0)
 _MOST_BINS = 150
-_TIME = Axis("time since the run began", "s")
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,8 @@ class _Clock:
 
     @property
     def count(self) -> int:
-        return max(int(np.ceil((self.end_s - self.start_s) / self.width_s - 1e-9)), 1)
+        """A last part that would be shorter than half belongs to the one before: its rates would jump."""
+        return max(round((self.end_s - self.start_s) / self.width_s), 1)
 
     @property
     def starts_s(self) -> tuple[float, ...]:
@@ -42,10 +42,8 @@ class _Clock:
         return part.clip(0, self.count - 1)
 
     def lasts_s(self) -> NDArray[np.float64]:
-        """How long each part is: the last one is cut off."""
-        starts = np.array(self.starts_s)
-        lasts: NDArray[np.float64] = np.minimum(starts + self.width_s, self.end_s) - starts
-        return lasts.clip(1e-9)
+        """How long each part is: all the same, but for the last."""
+        return np.diff([*self.starts_s, self.end_s])
 
 
 def timeline_plots(run: Run, records: Sequence[Record], samples: Sequence[Sample]) -> tuple[Plot, ...]:
@@ -55,9 +53,11 @@ def timeline_plots(run: Run, records: Sequence[Record], samples: Sequence[Sample
     clock = _clock(records)
     window = run.window
     spans = (Span(window.start_ns / 1e9, window.end_ns / 1e9, "measured"),)
-    plots: list[Plot] = [_throughput(records, clock, spans)]
-    plots += _latencies(records, clock, spans)
-    plots += _usage(samples, spans)
+    end_s = max([clock.end_s, *(sample.at_ns / 1e9 for sample in samples)])
+    time = Axis("time since the run began", "s", ends=(clock.start_s, end_s))
+    plots: list[Plot] = [_throughput(records, clock, time, spans)]
+    plots += _latencies(records, clock, time, spans)
+    plots += _usage(samples, time, spans)
     return tuple(plots)
 
 
@@ -69,7 +69,7 @@ def _clock(records: Sequence[Record]) -> _Clock:
     return _Clock(start_s, start_s + long_s, min(width_s, long_s))
 
 
-def _throughput(records: Sequence[Record], clock: _Clock, spans: tuple[Span, ...]) -> Lines:
+def _throughput(records: Sequence[Record], clock: _Clock, time: Axis, spans: tuple[Span, ...]) -> Lines:
     ended = np.array([record.ended_ns for record in records]) / 1e9
     ok = np.array([record.ok for record in records])
     answered = np.bincount(clock.part(ended[ok]), minlength=clock.count) / clock.lasts_s()
@@ -82,14 +82,14 @@ def _throughput(records: Sequence[Record], clock: _Clock, spans: tuple[Span, ...
         title="Answers per second",
         words=f"per {quantity(clock.width_s, 's')}: from {quantity(float(answered.min()), 'per_s')} "
         f"to {quantity(float(answered.max()), 'per_s')}{lost}",
-        x=_TIME,
+        x=time,
         y=Axis("requests per second", "per_s"),
         series=tuple(series),
         spans=spans,
     )
 
 
-def _latencies(records: Sequence[Record], clock: _Clock, spans: tuple[Span, ...]) -> list[Plot]:
+def _latencies(records: Sequence[Record], clock: _Clock, time: Axis, spans: tuple[Span, ...]) -> list[Plot]:
     answered = [record for record in records if record.ok]
     if not answered:
         return []
@@ -111,7 +111,7 @@ def _latencies(records: Sequence[Record], clock: _Clock, spans: tuple[Span, ...]
             title="Latency over time",
             words=f"of the requests that were due in each {quantity(clock.width_s, 's')} (fewer than 100: p99 is the "
             f"slowest); p99 from {quantity(float(np.nanmin(p99)), 'ms')} to {quantity(float(np.nanmax(p99)), 'ms')}",
-            x=_TIME,
+            x=time,
             y=Axis("latency, logarithmic", "ms", log=True),
             series=(
                 _over_time("p50", clock, quantile(0.5), "ms"),
@@ -133,7 +133,7 @@ def _over_time(name: str, clock: _Clock, values: NDArray[np.float64], unit: str)
     return Series(name, (*starts, clock.end_s), (*shown, shown[-1]), labels=(*labels, labels[-1]), steps=True)
 
 
-def _usage(samples: Sequence[Sample], spans: tuple[Span, ...]) -> list[Plot]:
+def _usage(samples: Sequence[Sample], time: Axis, spans: tuple[Span, ...]) -> list[Plot]:
     thinned = samples[:: max(len(samples) // _MOST_BINS, 1)]
     busy = [
         _rates("server", thinned, lambda one: one.server_cpu_s),
@@ -147,13 +147,13 @@ def _usage(samples: Sequence[Sample], spans: tuple[Span, ...]) -> list[Plot]:
             f"{one.name} up to {quantity(max(y for y in one.y if y is not None), 'percent')}" for one in cpu
         )
         words = f"100% is one core; {most}"
-        plots.append(Lines("CPU", words, _TIME, Axis("CPU, 100% is one core", "percent"), cpu, spans=spans))
+        plots.append(Lines("CPU", words, time, Axis("CPU, 100% is one core", "percent"), cpu, spans=spans))
     if len(rss) > 1:
         memory = Series("server", tuple(at for at, _ in rss), tuple(float(size) for _, size in rss))
         words = f"the most was {quantity(max(size for _, size in rss), 'bytes')}"
         plots.append(
             Lines(
-                "Memory of the server", words, _TIME, Axis("resident memory", "bytes"), (memory,), spans=spans
+                "Memory of the server", words, time, Axis("resident memory", "bytes"), (memory,), spans=spans
             )
         )
     return plots
