@@ -88,6 +88,12 @@ def test_rounds_without_any_noise_have_an_interval_without_width() -> None:
     assert (found.low, found.high) == pytest.approx((math.log(1.1), math.log(1.1)))
 
 
+def test_rounds_that_are_the_same_but_for_one_have_a_finite_interval_that_holds_no_difference() -> None:
+    found = PairedRatio(np.ones(12), [1.0] * 11 + [1.1], seed=1, resamples=2000).interval(0.95)
+    assert math.isfinite(found.high)
+    assert found.low < 0 < found.high
+
+
 def test_more_confidence_is_a_wider_interval() -> None:
     paired = PairedRatio(np.ones(12), rounds(12, spread=0.02), seed=1, resamples=5000)
     widths = [found.high - found.low for found in map(paired.interval, (0.9, 0.95, 0.99))]

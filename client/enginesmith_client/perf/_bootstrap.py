@@ -27,6 +27,7 @@ SLICES = 200
 """Parts of equal length into which the window of a saved run is cut."""
 BLOCK_SLICES = 10
 """Consecutive slices that are drawn together: 20 blocks make a window."""
+_LEAST_SPREAD = 0.1
 _BATCH_CELLS = 4_000_000
 """Numbers in memory at once."""
 
@@ -67,7 +68,9 @@ class PairedRatio:
         drawn = _drawn(logs, np.random.default_rng(seed), resamples)
         self.estimate = float(logs.mean())
         self._error = float(np.sqrt(_variance_of_mean(logs)))
-        self._pivots = _pivots(drawn.mean(axis=1) - self.estimate, _variance_of_mean(drawn))
+        self._pivots = _pivots(
+            drawn.mean(axis=1) - self.estimate, _variance_of_mean(drawn), error=self._error
+        )
 
     def interval(self, confidence: float) -> Interval:
         """Symmetric around the estimate."""
@@ -91,7 +94,8 @@ class TwoSampleRatio:
         self.estimate = float(logs[1].mean() - logs[0].mean())
         self._error = float(np.sqrt(sum(_variance_of_mean(values) for values in logs)))
         moved = drawn[1].mean(axis=1) - drawn[0].mean(axis=1) - self.estimate
-        self._pivots = _pivots(moved, _variance_of_mean(drawn[0]) + _variance_of_mean(drawn[1]))
+        variances = _variance_of_mean(drawn[0]) + _variance_of_mean(drawn[1])
+        self._pivots = _pivots(moved, variances, error=self._error)
 
     def interval(self, confidence: float) -> Interval:
         """Symmetric around the estimate."""
@@ -157,21 +161,18 @@ def _variance_of_mean(values: Floats) -> Floats:
     return np.asarray(values.var(axis=-1, ddof=1) / values.shape[-1])
 
 
-def _pivots(moved: Floats, variances: Floats) -> Floats:
-    """|t| of every resample; one in which all values are the same says nothing about the spread and counts as far out."""
-    errors = np.sqrt(variances)
-    tiny = errors <= 1e-12
-    with np.errstate(divide="ignore", invalid="ignore"):
-        pivots = np.abs(moved / errors)
-    pivots[tiny] = np.where(np.abs(moved[tiny]) <= 1e-12, 0.0, np.inf)
-    return np.asarray(pivots)
+def _pivots(moved: Floats, variances: Floats, *, error: float) -> Floats:
+    """|t| of every resample.
+
+    Values that are nearly all the same (memory, say) give resamples without any spread, whose t would be infinite; no
+    resample counts as more than ten times as certain as the sample itself.
+    """
+    least = max(_LEAST_SPREAD * error, np.finfo(float).tiny)
+    return np.asarray(np.abs(moved) / np.maximum(np.sqrt(variances), least))
 
 
 def _symmetric(estimate: float, error: float, pivots: Floats, confidence: float) -> Interval:
-    if error <= 1e-12:
-        return Interval(estimate, estimate, estimate, confidence)
-    # "higher": the result is one of the pivots. Between a finite one and infinity there is nothing to interpolate.
-    reach = float(np.quantile(pivots, confidence, method="higher")) * error
+    reach = float(np.quantile(pivots, confidence)) * error
     return Interval(estimate, estimate - reach, estimate + reach, confidence)
 
 
