@@ -139,6 +139,17 @@ def _ask_longest(subject: Subject, batches: Sequence[Arrays], texts: _Texts, out
         ) from error
 
 
+def text_error(subject: Subject, tokens: int) -> str | None:
+    """What the model says to a text of about so many tokens; None: it takes it."""
+    names = text_inputs(subject.metadata)
+    made = made_prompts([ASSUMED.words(tokens)], shared_words=0, rng=np.random.default_rng([subject.seed, 3]))
+    try:
+        subject.first_answer(_arrays(subject, names, made), outputs=_outputs(subject.metadata)[0])
+    except RefusedError as error:
+        return error.words
+    return None
+
+
 def _with_texts(requests: tuple[Prepared, ...], texts: int) -> tuple[Prepared, ...]:
     return tuple(replace(one, rows=texts) for one in requests)
 

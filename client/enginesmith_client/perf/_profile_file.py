@@ -6,14 +6,16 @@ import difflib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from enginesmith_client.perf._errors import ProfileError
-from enginesmith_client.perf._profile import Profile
+from enginesmith_client.perf._profile import Part, Profile
+
+Checked = TypeVar("Checked", bound=Part)
 
 _FILES = (("requests", "prompts_file"), ("requests", "tensors_file"), ("load", "arrivals", "file"))
 """Keys that hold a path."""
@@ -49,19 +51,30 @@ def profile_from_mapping(data: Mapping[str, Any], *, source: str, directory: Pat
     Raises:
         ProfileError: it is not a valid profile; every problem is listed with its key.
     """
+    return validated(
+        Profile,
+        _with_paths(dict(data), directory or Path()),
+        source=f"{source} is not a valid profile",
+        hint="docs/bench-profile.md explains every key",
+    )
+
+
+def validated(kind: type[Checked], data: Mapping[str, Any], *, source: str, hint: str) -> Checked:
+    """``data`` as a part; ``source`` is how the error begins.
+
+    Raises:
+        ProfileError: it is not valid; every problem is listed with its key.
+    """
     try:
         # JSON, because its values are those that YAML and JSON share; strict, because "4" is no number.
-        plain = json.dumps(_with_paths(dict(data), directory or Path()), allow_nan=False)
-        return Profile.model_validate_json(plain, strict=True)
+        return kind.model_validate_json(json.dumps(data, allow_nan=False), strict=True)
     except ValidationError as error:
-        schema = Profile.model_json_schema()
+        schema = kind.model_json_schema()
         problems = "\n".join(_explained(problem, schema) for problem in error.errors())
-        raise ProfileError(
-            f"{source} is not a valid profile:\n{problems}", hint="docs/bench-profile.md explains every key"
-        ) from error
+        raise ProfileError(f"{source}:\n{problems}", hint=hint) from error
     except (TypeError, ValueError) as error:
         raise ProfileError(
-            f"{source} holds a value that is not plain text, finite number, list or mapping: {error}"
+            f"{source}: it holds a value that is not plain text, finite number, list or mapping: {error}"
         ) from error
 
 
@@ -92,7 +105,9 @@ def document_from_file(path: Path, *, what: str) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise ProfileError(f"{what} {path} is not valid YAML: {error}") from error
     if document is None:
-        raise ProfileError(f"{what} {path} is empty", hint="docs/bench-profile.md shows one")
+        raise ProfileError(
+            f"{what} {path} is empty", hint="give it keys: docs/bench-profile.md, docs/bench-scenarios.md"
+        )
     if not isinstance(document, dict):
         raise ProfileError(f"{what} {path} must be a mapping of keys; seen: {type(document).__name__}")
     return document

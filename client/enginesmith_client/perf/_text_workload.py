@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -297,12 +297,20 @@ class PromptRefusedError(ProfileError):
     """The longest prompt of the profile is too long for the model, so far as can be seen."""
 
 
-def prompt_error(subject: Subject, prompt_tokens: int, output_tokens: int) -> str | None:
-    """What the model says to a prompt of so many tokens with an answer of so many; None: it takes both."""
+def prompt_errors(subject: Subject) -> Callable[[int, int], str | None]:
+    """Tells what the model says to a prompt of so many tokens with an answer of so many; None: it takes both."""
     maker = _Maker(subject, _streaming(subject))
-    try:
-        maker.calibrate()
-        maker.count(maker.question(prompt_tokens, output_tokens))
-    except RefusedError as error:
-        return error.words
-    return None
+    calibrated = False
+
+    def ask(prompt_tokens: int, output_tokens: int) -> str | None:
+        nonlocal calibrated
+        try:
+            if not calibrated:
+                maker.calibrate()
+                calibrated = True
+            maker.count(maker.question(prompt_tokens, output_tokens))
+        except RefusedError as error:
+            return error.words
+        return None
+
+    return ask
