@@ -42,7 +42,7 @@ class BenchRequest:
     as_json: bool
 
 
-def load_options(command: Callable[..., None]) -> Callable[..., None]:
+def load_options(command: Callable[..., int]) -> Callable[..., int]:
     """The options that make ``LoadFlags``."""
     positive = click.FloatRange(min=0, min_open=True)
     for option in (
@@ -191,8 +191,12 @@ def _measure(request: BenchRequest, server: ServerFlags) -> int:
                 outcome = plan(target_of(*target), on_progress)
             return tell(outcome, request.directory, as_json=request.as_json)
     except KeyboardInterrupt:
-        click.echo(f"interrupted; what is finished is kept in {request.directory}", err=True)
-        if request.sweep or request.suite:
+        kept = request.directory.exists()
+        click.echo(
+            f"interrupted; {f'what is finished is kept in {request.directory}' if kept else 'nothing was measured'}",
+            err=True,
+        )
+        if kept and (request.sweep or request.suite):
             click.echo(f"  hint: the same command with --out {request.directory} continues", err=True)
         return INTERRUPTED
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -83,7 +83,7 @@ def differing_figures(written: Figures, computed: Figures) -> Iterator[tuple[str
             yield name, a, b
 
 
-def _flat(values: Mapping[object, object], prefix: str = "") -> Iterator[tuple[str, object]]:
+def _flat(values: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
     """``latency_ms.p50`` and its value, for every value."""
     for key, value in values.items():
         if isinstance(value, Mapping):

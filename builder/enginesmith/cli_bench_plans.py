@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from enginesmith.cli_bench_output import Outcome, run_tables, status_of, status_words
+from enginesmith.cli_bench_profile import LoadFlags, overridden
 
 if TYPE_CHECKING:
-    from enginesmith.cli_bench_profile import LoadFlags
     from enginesmith_client.perf._profile import Profile
     from enginesmith_client.perf._progress import OnProgress
     from enginesmith_client.perf._run_files import SavedRun
@@ -88,14 +88,27 @@ def plan_suite(name: str, flags: LoadFlags, *, only: tuple[str, ...], directory:
     Raises:
         ProfileError: there is no such suite or scenario.
     """
+    from enginesmith.cli_bench_many import suite_runs, suite_tables
     from enginesmith_client.perf._suite import load_suite, run_suite
-
-    from enginesmith.cli_bench_many import suite_reasons, suite_status, suite_tables
 
     suite = load_suite(name)
 
     def measure(target: Target, on_progress: OnProgress) -> Outcome:
-        found = run_suite(suite, target, directory=directory, only=only, on_progress=on_progress)
-        return Outcome(suite_status(found), tuple(suite_reasons(found)), tuple(suite_tables(found)))
+        found = run_suite(
+            target,
+            suite,
+            directory=directory,
+            on_progress=on_progress,
+            only=only,
+            adjust=lambda profile: overridden(profile, flags),
+        )
+        runs = suite_runs(found, directory)
+        failed = [
+            f"{entry.title}: failed: {entry.reason}" for entry in found.scenarios if entry.status == "failed"
+        ]
+        reasons = [*failed, *(words for run in runs.values() for words in status_words(run))]
+        if not runs:
+            reasons.append("nothing was measured: no scenario was both fit for the model and able to run")
+        return Outcome(1 if reasons else 0, tuple(reasons), tuple(suite_tables(found, runs)))
 
     return measure

@@ -41,7 +41,7 @@ class ServerFlags:
     server: str
 
 
-def server_options(command: Callable[..., None]) -> Callable[..., None]:
+def server_options(command: Callable[..., int]) -> Callable[..., int]:
     """The options that make ``ServerFlags``."""
     for option in (
         SERVER_OPTION,

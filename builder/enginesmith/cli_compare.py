@@ -148,11 +148,12 @@ def comparison_words(comparison: Comparison) -> Iterator[str]:
     yield from (f"warning: {warning}" for warning in comparison.warnings)
 
 
-def comparison_tables(comparison: Comparison) -> Iterator[Table]:
+def comparison_tables(comparison: Comparison) -> Iterator[Table | str]:
     """Every figure of B against that of A, with its interval."""
     from rich.table import Table
 
-    table = Table(title=f"B: {comparison.b.title}, against A: {comparison.a.title}", title_justify="left")
+    yield f"B: {comparison.b.title}, against A: {comparison.a.title}"
+    table = Table()
     for heading in ("figure", "A", "B", "B / A", "interval", "verdict", ""):
         table.add_column(heading, justify="right" if heading in ("A", "B", "B / A") else "left")
     for metric in comparison.metrics:

@@ -16,10 +16,10 @@ from enginesmith import cli
 
 SHORT = """
 name: short
-load: {loop: closed, concurrency: 8}
-measure: {window_s: 0.4, windows: 1, max_s: 0.4, warmup_s: 0.1, drain_s: 5, timeout_s: 20}
+load: {loop: closed, concurrency: 32}
+measure: {window_s: 0.5, windows: 1, max_s: 0.5, warmup_s: 0.1, drain_s: 5, timeout_s: 20}
 """
-"""Enough for figures of ``steady20`` that are not void: some 150 requests."""
+"""Enough for figures of ``steady20`` that are not void: some 300 requests."""
 
 
 @dataclass(frozen=True)

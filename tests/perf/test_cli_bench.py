@@ -42,7 +42,7 @@ def test_a_run_prints_its_figures_and_keeps_everything(bench: Bench, tmp_path: P
     )
     assert said.status == 0, said.err
     for words in (
-        "short, 8 at a time: steady20 version 1",
+        "short, 32 at a time: steady20 version 1",
         "requests",
         "latency",
         "p99.9",
@@ -96,7 +96,7 @@ def test_flags_override_the_keys_of_the_profile(bench: Bench) -> None:
     profile = load_run(Path("kept")).run.profile
     assert profile["load"]["loop"] == "open"
     assert (profile["load"]["rate_per_s"], profile["load"]["arrivals"]) == (100, {"kind": "constant"})
-    assert (profile["measure"]["max_s"], profile["measure"]["window_s"]) == (0.6, 0.4)
+    assert (profile["measure"]["max_s"], profile["measure"]["window_s"]) == (0.6, 0.5)
     assert profile["measure"]["warmup_s"] == 0.1
 
 
@@ -154,11 +154,11 @@ def test_an_unknown_model_is_told_with_those_that_are_served(bench: Bench) -> No
 
 @pytest.mark.server
 def test_a_sweep_measures_every_load_once_and_continues_where_it_was(bench: Bench) -> None:
-    arguments = ("steady20", "--sweep", "concurrency=4,8", "--out", "kept")
+    arguments = ("steady20", "--sweep", "concurrency=16,32", "--out", "kept")
     said = bench.measure(*arguments)
     assert said.status == 0, said.err
-    assert "4 at a time" in said.out
-    assert "8 at a time" in said.out
+    assert "16 at a time" in said.out
+    assert "32 at a time" in said.out
     runs = {path: path.stat().st_mtime_ns for path in Path("kept").glob("*/run.json")}
     assert len(runs) == 2
     again = bench.measure(*arguments)
@@ -170,7 +170,7 @@ def test_a_sweep_measures_every_load_once_and_continues_where_it_was(bench: Benc
 @pytest.mark.server
 def test_a_sweep_whose_slo_is_impossible_says_so(bench: Bench) -> None:
     said = bench.measure(
-        "steady20", "--sweep", "concurrency=4,8", "--slo", "p99_latency_ms=1", "--out", "kept"
+        "steady20", "--sweep", "concurrency=16,32", "--slo", "p99_latency_ms=1", "--out", "kept"
     )
     assert said.status == 1
     assert "SLO impossible" in said.err
@@ -262,7 +262,15 @@ def test_an_interrupted_run_keeps_what_it_measured(bench: Bench) -> None:
 
 @pytest.mark.server
 def test_an_interrupted_sweep_says_how_it_goes_on(bench: Bench) -> None:
-    arguments = ("bench", "steady20", *bench.at_server(), "--sweep", "concurrency=4,8", "--duration-s", "60")
+    arguments = (
+        "bench",
+        "steady20",
+        *bench.at_server(),
+        "--sweep",
+        "concurrency=16,32",
+        "--duration-s",
+        "60",
+    )
     with measuring(*arguments, "--out", "kept") as process:
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
@@ -300,7 +308,7 @@ def test_a_perf_analyzer_that_does_not_run_is_told(bench: Bench, monkeypatch: py
         (("--repository", "x", "--url", "grpc://127.0.0.1:1"), "leave out --url and --metrics-url"),
         (("--profile", "missing.yaml"), "missing.yaml"),
         (("--slo", "ttft_ms=-1"), "slo.ttft_ms"),
-        (("--suite", "missing"), "missing"),
+        (("--suite", "missing"), "there is no suite 'missing'"),
     ],
 )
 def test_a_wrong_command_line_is_one_message_and_exit_status_2(
@@ -334,4 +342,4 @@ def test_the_profile_that_comes_with_the_harness_is_found_by_its_name(bench: Ben
 def test_no_server_is_one_message(bench: Bench) -> None:
     said = bench("bench", "steady20", "--url", "grpc://127.0.0.1:1")
     assert (said.status, said.out) == (1, "")
-    assert "cannot reach a Triton server at 127.0.0.1:1" in said.err
+    assert "cannot reach a Triton server at grpc://127.0.0.1:1" in said.err
