@@ -80,7 +80,7 @@ def _lines(plot: Lines) -> str:
     ys += [mark.value for mark in plot.marks if mark.along == "y"]
     x = _scale(plot.x, xs, first=_LEFT, last=WIDTH - _RIGHT)
     labels, rows = _rows(_mark_labels(plot.marks, x))
-    top = 12 + _LINE * (rows + bool(legend))
+    top = 12 + _LINE * rows + 21 * bool(legend)
     frame = _Frame(top, x, _scale(plot.y, ys, first=HEIGHT - _BOTTOM, last=top))
     return _svg(
         plot,
@@ -105,7 +105,7 @@ def _lines(plot: Lines) -> str:
             for spot in plot.spots
         ),
         legend,
-        *(_at_row(label, row, first=12 + _LINE * bool(legend)) for label, row in labels),
+        *(_at_row(label, row, first=12 + 21 * bool(legend)) for label, row in labels),
     )
 
 
@@ -226,7 +226,7 @@ def _mark(frame: _Frame, mark: Mark) -> str:
     at = frame.y(mark.value)
     line = path([(_LEFT, at), (WIDTH - _RIGHT, at)])
     return element("path", tooltip(mark.label), d=line, class_=f"mark tone-{mark.tone}") + text(
-        mark.label, WIDTH - _RIGHT - 4, at - 5, class_=f"mark-label ink-{mark.tone}", anchor="end"
+        mark.label, _LEFT + 6, at - 5, class_=f"mark-label ink-{mark.tone}"
     )
 
 

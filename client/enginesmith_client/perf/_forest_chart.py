@@ -9,7 +9,7 @@ from enginesmith_client.perf._quantities import quantity
 from enginesmith_client.perf._scales import Scale
 from enginesmith_client.perf._svg import WIDTH, drawing, element, path, text, tooltip
 
-_LEFT, _RIGHT = 150.0, WIDTH - 138.0
+_LEFT, _RIGHT = 184.0, WIDTH - 152.0
 _ROW = 34.0
 
 

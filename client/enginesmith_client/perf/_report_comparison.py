@@ -15,7 +15,7 @@ from enginesmith_client.perf._errors import ResultsError
 from enginesmith_client.perf._plots import Axis, Forest, ForestRow, Lines, Mark, Plot, Series, Tone
 from enginesmith_client.perf._quantities import Unit, quantity
 from enginesmith_client.perf._report_model import Code, Report, Section, Statement, Table, Tile
-from enginesmith_client.perf._report_run import definitions_section, profile_text
+from enginesmith_client.perf._report_run import circumstances_in, definitions_section, profile_text
 from enginesmith_client.perf._run_files import load_run
 
 _TONES: Mapping[Verdict, Tone] = {"better": "good", "same": "good", "worse": "bad", "inconclusive": "warning"}
@@ -46,7 +46,7 @@ def report_of_comparison(directory: Path) -> Report:
         sections=(
             Section("Plots", plots=_plots(directory, compared), void=void),
             Section("Figures", tables=(_figures(compared), _answers(compared)), void=void),
-            _how(compared),
+            _how(directory, compared),
             definitions_section(),
         ),
         results={"comparison": dataclasses.asdict(compared)},
@@ -62,10 +62,10 @@ def _side(compared: Comparison, name: str) -> str:
 def _verdict(compared: Comparison) -> tuple[Statement, ...]:
     if compared.void:
         return (Statement("void", "Void. These numbers say nothing about the difference of A and B."),)
-    verdict = f"B is {compared.verdict}." if compared.verdict != "inconclusive" else "Inconclusive."
-    if compared.verdict == "same":
-        verdict = "B is the same as A."
-    return Statement(_TONES[compared.verdict], verdict), Statement("plain", compared.words)
+    words = compared.words
+    if compared.verdict not in words:
+        words = f"{compared.verdict.capitalize()}. {words}"
+    return (Statement(_TONES[compared.verdict], words),)
 
 
 def _reasons(compared: Comparison) -> tuple[Statement, ...]:
@@ -100,12 +100,18 @@ def _forest(compared: Comparison) -> Forest:
             tone=_ROW_TONES[metric.verdict],
             band_low=metric.band[0],
             band_high=metric.band[1],
-            note=f"{metric.role}, {metric.better} is better",
+            note=_note(metric),
         )
         for metric in compared.metrics
     )
     words = "; ".join(f"{metric.title}: {metric.words}, {metric.verdict}" for metric in compared.metrics)
     return Forest("B against A, with intervals", f"{words}. Shaded: too small to matter", rows)
+
+
+def _note(metric: MetricComparison) -> str:
+    if metric.role == "informational":
+        return "decides nothing"
+    return f"{'guard, ' if metric.role == 'guard' else ''}{metric.better} is better"
 
 
 def _latencies(directory: Path, compared: Comparison) -> list[Plot]:
@@ -175,7 +181,7 @@ def _answers(compared: Comparison) -> Table:
     return Table("Requests", ("", "requests", "failed", "failures by kind"), rows)
 
 
-def _how(compared: Comparison) -> Section:
+def _how(directory: Path, compared: Comparison) -> Section:
     options = compared.options
     facts = [
         ("method", compared.method),
@@ -193,6 +199,9 @@ def _how(compared: Comparison) -> Section:
     facts += [(f"round {number}, not used", why) for number, why in compared.left_out.items()]
     return Section(
         "How it was measured",
-        tables=(Table("The comparison", ("", "value"), tuple(facts), words=True),),
+        tables=(
+            Table("The comparison", ("", "value"), tuple(facts), words=True),
+            *circumstances_in(directory, compared.a.runs),
+        ),
         codes=(Code("The profile", profile_text(compared.profile)),),
     )

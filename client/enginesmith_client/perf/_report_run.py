@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -14,7 +15,7 @@ from enginesmith_client.perf._errors import ResultsError
 from enginesmith_client.perf._quantities import quantity
 from enginesmith_client.perf._report_figures import DEFINITIONS, figure_tables, slo_row, tiles_of
 from enginesmith_client.perf._report_model import Code, Report, Section, Statement, Table
-from enginesmith_client.perf._run_files import RECORDS_FILE, SAMPLES_FILE, Run, SavedRun
+from enginesmith_client.perf._run_files import SAMPLES_FILE, Run, SavedRun, load_run
 from enginesmith_client.perf._samples import Sample, read_samples
 from enginesmith_client.perf._timeline_plots import timeline_plots
 
@@ -86,21 +87,31 @@ def how_section(run: Run) -> Section:
         ("started", run.started),
         ("digest of profile, model and version", run.profile_digest),
     ]
-    server = {key: value for key, value in run.server.items() if isinstance(value, str | int | float)}
-    tables = [Table("The run", ("", "value"), tuple(facts), words=True)]
-    for caption, mapping in (
-        ("What was sent", run.workload),
-        ("The server", server),
-        ("The machine", run.machine),
-        ("Versions", run.versions),
-    ):
-        rows = tuple(flattened(mapping))
-        if rows:
-            tables.append(Table(caption, ("", "value"), rows, words=True))
+    tables = (
+        Table("The run", ("", "value"), tuple(facts), words=True),
+        *_mappings({"What was sent": run.workload}),
+        *circumstances(run),
+    )
     codes = [Code("The profile, as a file", profile_text(run.profile))]
     if run.command:
         codes.append(Code("The command of perf_analyzer", run.command))
-    return Section("How it was measured", tables=tuple(tables), codes=tuple(codes))
+    return Section("How it was measured", tables=tables, codes=tuple(codes))
+
+
+def circumstances(run: Run) -> tuple[Table, ...]:
+    """The server, the machine and the versions of everything."""
+    server = {key: value for key, value in run.server.items() if isinstance(value, str | int | float)}
+    return _mappings({"The server": server, "The machine": run.machine, "Versions": run.versions})
+
+
+def circumstances_in(directory: Path, runs: Iterable[str]) -> tuple[Table, ...]:
+    """Those of the first run that is there: the runs of a sweep or a comparison are made in one place."""
+    for name in runs:
+        try:
+            return circumstances(load_run(directory / name).run)
+        except ResultsError:
+            continue
+    return ()
 
 
 def definitions_section() -> Section:
@@ -126,6 +137,14 @@ def flattened(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[st
             if key.endswith("_bytes") and isinstance(value, int):
                 words = quantity(value, "bytes")
             yield f"{prefix}{key}", words if len(words) <= _LONGEST_VALUE else f"{words[:_LONGEST_VALUE]} …"
+
+
+def _mappings(named: Mapping[str, Mapping[str, Any]]) -> tuple[Table, ...]:
+    tables = (
+        Table(caption, ("", "value"), tuple(flattened(mapping)), words=True)
+        for caption, mapping in named.items()
+    )
+    return tuple(table for table in tables if table.rows)
 
 
 def _given(value: Any) -> Any:
@@ -180,7 +199,7 @@ def _plots(saved: SavedRun) -> Section:
     try:
         records = saved.records()
     except ResultsError as error:
-        return Section("Plots", words=(f"There are none: {RECORDS_FILE} cannot be read. {error.message}",))
+        return Section("Plots", words=(f"There are none: {error.message}.",))
     samples, words = _samples(saved)
     times = times_of(measured(run, records))
     plots = (*distribution_plots(run, times), *timeline_plots(run, records, samples))
@@ -191,4 +210,4 @@ def _samples(saved: SavedRun) -> tuple[list[Sample], tuple[str, ...]]:
     try:
         return read_samples(saved.directory / SAMPLES_FILE), ()
     except ResultsError as error:
-        return [], (f"CPU and memory over time are missing: {SAMPLES_FILE} cannot be read. {error.message}",)
+        return [], (f"CPU and memory over time are missing: {error.message}.",)

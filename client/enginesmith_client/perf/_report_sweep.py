@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from enginesmith_client.perf._plots import Axis, Lines, Mark, Plot, Series, Spot
-from enginesmith_client.perf._quantities import NOTHING, quantity
+from enginesmith_client.perf._quantities import NOTHING, Unit, quantity
 from enginesmith_client.perf._report_model import Code, Report, Section, Statement, Table, Tile
-from enginesmith_client.perf._report_run import definitions_section, profile_text
+from enginesmith_client.perf._report_run import circumstances_in, definitions_section, profile_text
 from enginesmith_client.perf._sweep import Point, Sweep, load_sweep
 
 
@@ -27,7 +27,11 @@ def report_of_sweep(directory: Path) -> Report:
         sections=(
             Section("Plots", plots=_plots(swept, usable)),
             Section("Points", tables=(_table(swept),), statements=_void_points(swept)),
-            Section("How it was measured", codes=(Code("The profile", profile_text(swept.profile)),)),
+            Section(
+                "How it was measured",
+                tables=circumstances_in(directory, [point.directory for point in swept.points]),
+                codes=(Code("The profile", profile_text(swept.profile)),),
+            ),
             definitions_section(),
         ),
         results={"sweep": dataclasses.asdict(swept)},
@@ -98,7 +102,7 @@ def _plots(swept: Sweep, usable: Sequence[Point]) -> tuple[Plot, ...]:
     plots.append(
         Lines(
             title="Throughput by load",
-            words="; ".join(f"{one.name}: {quantity(one.throughput_per_s, 'per_s')}" for one in usable),
+            words=_range_words(answered, "per_s"),
             x=load,
             y=Axis("requests per second", "per_s"),
             series=series,
@@ -111,7 +115,7 @@ def _plots(swept: Sweep, usable: Sequence[Point]) -> tuple[Plot, ...]:
         plots.append(
             Lines(
                 title="Time to first token by load",
-                words="; ".join(f"{one.name}: p50 {quantity(one.ttft_p50_ms, 'ms')}" for one in usable),
+                words=_range_words(first, "ms"),
                 x=load,
                 y=Axis("TTFT, logarithmic", "ms", log=True),
                 series=(first, last),
@@ -141,6 +145,11 @@ def _curve(swept: Sweep, usable: Sequence[Point]) -> Lines:
         marks=(Mark("y", limit, f"SLO for p99: {quantity(limit, 'ms')}", "bad"),) if limit else (),
         spots=spots,
     )
+
+
+def _range_words(series: Series, unit: Unit) -> str:
+    known = [value for value in series.y if value is not None]
+    return f"{series.name} from {quantity(min(known), unit)} to {quantity(max(known), unit)}"
 
 
 def _series(
