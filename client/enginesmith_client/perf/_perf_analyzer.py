@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import shlex
 import time
 from collections.abc import Mapping, Sequence
@@ -20,8 +19,8 @@ from typing import TYPE_CHECKING, Literal
 
 from enginesmith_client._address import address_from_url
 from enginesmith_client._client import Client
-from enginesmith_client._errors import ConnectError, ModelNotReady, TritonClientError
-from enginesmith_client.perf._errors import MeasurementError, ProfileError, ToolError
+from enginesmith_client.perf._errors import ProfileError
+from enginesmith_client.perf._perf_analyzer_failures import JUDGED_WINDOWS, STEADIER, disagreement, failure_of
 from enginesmith_client.perf._perf_analyzer_files import (
     Export,
     InputData,
@@ -32,7 +31,7 @@ from enginesmith_client.perf._perf_analyzer_files import (
     read_report,
     records_of,
 )
-from enginesmith_client.perf._perf_analyzer_process import SERVER_LOST, Ended, Limits, Pass, run_watched
+from enginesmith_client.perf._perf_analyzer_process import Ended, Limits, Pass, run_watched
 from enginesmith_client.perf._perf_analyzer_tool import (
     PerfAnalyzer,
     find_perf_analyzer,
@@ -59,13 +58,11 @@ __all__ = [
     "run_perf_analyzer",
 ]
 
-JUDGED_WINDOWS = 3
-"""Consecutive windows that perf_analyzer compares; it has no option for it."""
 _WINDOW_PER_INTERVAL = 1.2
 """How much longer a window is than ``--measurement-interval``: ``InferenceProfiler::Measure``, and seen."""
+_SPARE_S = 10.0
+"""How late an interrupt may come on a busy machine before perf_analyzer runs out of windows."""
 _CONFIG_TIMEOUT_S = 60.0
-_UNKNOWN_MODEL = re.compile(r"Request for unknown model: ([^\n]*?)(?: is not found)?\s*$", re.MULTILINE)
-_FAILED_REQUEST = re.compile(r"Thread \[\d+\] had error: (.*?)(?=\nThread \[|\Z)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -208,8 +205,16 @@ def run_perf_analyzer(
     )
     moved_s = (time.time_ns() - time.monotonic_ns() - wall_offset_ns) / 1e9
     export, said = read_export(files.export, question.counts), read_report(files.report)
-    if export is None:
-        raise _failure(question, ended, files.log)
+    nothing_in_windows = bool(ended.passes) and all(one.error for one in ended.passes)
+    if export is None or nothing_in_windows:
+        raise failure_of(
+            ended,
+            model=question.model,
+            address=question.address,
+            log=files.log,
+            window_s=question.window_s,
+            stability_percent=question.stability_percent,
+        )
     if origin_ns is None:
         origin_ns = export.requests[0].sent_ns - wall_offset_ns
     records = records_of(
@@ -282,8 +287,9 @@ def _command(question: Question, executable: Path, files: _Files) -> list[str]:
     if question.request_count is not None:
         return [*command, "--request-count", str(question.request_count)]
     interval_ms = max(1, round(question.window_s * 1000 / _WINDOW_PER_INTERVAL))
-    # One more than are waited for: at its own last one perf_analyzer would end without exporting anything.
-    command += ["--measurement-interval", str(interval_ms), "--max-trials", str(_trials(question) + 1)]
+    # More than are waited for: at its own last one perf_analyzer would end without exporting anything.
+    spare = math.ceil(_SPARE_S / question.window_s)
+    command += ["--measurement-interval", str(interval_ms), "--max-trials", str(_trials(question) + spare)]
     return [*command, "--stability-percentage", f"{question.stability_percent:g}"]
 
 
@@ -339,57 +345,6 @@ def _window(
         words = f"the last {len(used) - 1} of {len(edges) - 1} windows agree within {question.stability_percent:g}%"
         return Window(used[0] + shift_ns, used[-1] + shift_ns, steady=True, note=words + note)
     # The window in which it was told to end is cut off by that; it counts only if there is no other.
-    whole = [one for one in ended.passes[: len(ended.passes) - ended.passes_after_end] if one.finished]
-    used = edges[: max(2, len(whole) + 1)]
-    words = f"no {JUDGED_WINDOWS} windows in a row agree within {question.stability_percent:g}%: {_seen(ended.passes)}"
-    return Window(used[0] + shift_ns, used[-1] + shift_ns, steady=False, note=f"{words}; {_STEADIER}{note}")
-
-
-_STEADIER = "raise measure.window_s, measure.max_s or measure.stability_percent, or set measure.max_requests"
-
-
-def _seen(passes: Sequence[Pass]) -> str:
-    """The last windows in words."""
-    if not passes:
-        return "not one window was finished"
-    shown = [
-        f"{one.rows_per_s:g}/s at {one.avg_us / 1000:g} ms" if not one.error else "nothing"
-        for one in passes[-6:]
-    ]
-    return f"{len(passes)} windows, {'the last ' if len(passes) > len(shown) else ''}{', '.join(shown)}"
-
-
-def _failure(question: Question, ended: Ended, log: Path) -> TritonClientError:
-    """What it means that nothing was exported."""
-    said = ended.output
-    tail = "\n".join(f"  | {line}" for line in said.splitlines()[-12:] if line.strip())
-    whole = f"\n  | the whole output: {log}"
-    if unknown := _UNKNOWN_MODEL.search(said):
-        return ModelNotReady(
-            f"{question.address} does not serve the model {unknown[1]}", hint="load it, or name another"
-        )
-    if ended.because == "server lost" or SERVER_LOST.search(said):
-        return ConnectError(
-            f"perf_analyzer lost the server {question.address} while measuring {question.model}; "
-            f"windows before that: {_seen([one for one in ended.passes if not one.error])}\n{tail}{whole}",
-            hint="look at the server's log; generator: enginesmith keeps the records of a run that loses its server",
-        )
-    if failed := _FAILED_REQUEST.search(said):
-        return MeasurementError(
-            f"a request to {question.model} failed, at which perf_analyzer ends: {failed[1].strip()}{whole}",
-            hint="generator: enginesmith goes on and counts failures",
-        )
-    if "No valid requests recorded" in said:
-        return ToolError(
-            f"perf_analyzer found windows of {question.window_s:g} s without an answer of {question.model}: {_seen(ended.passes)}{whole}",
-            hint="raise measure.window_s above the time that one answer takes, or set measure.max_requests",
-        )
-    if ended.because:
-        return ToolError(
-            f"perf_analyzer measured {question.model} for {ended.elapsed_s:.0f} s and was ended ({ended.because}); it left no records\n{tail}{whole}",
-            hint="raise measure.max_s, or ask for fewer requests",
-        )
-    return ToolError(
-        f"perf_analyzer could not measure {question.model} (exit status {ended.status})\n{tail}{whole}",
-        hint="see its output and the server's log",
-    )
+    used = edges[: max(2, len(ended.whole_passes) + 1)]
+    words = disagreement(ended, stability_percent=question.stability_percent)
+    return Window(used[0] + shift_ns, used[-1] + shift_ns, steady=False, note=f"{words}; {STEADIER}{note}")

@@ -68,6 +68,12 @@ class Ended:
     output: str
     elapsed_s: float
 
+    @property
+    def whole_passes(self) -> tuple[Pass, ...]:
+        """Those that were not cut off by its end, nor by a server that was gone."""
+        before = self.passes[: len(self.passes) - self.passes_after_end]
+        return tuple(one for one in before if one.finished)
+
 
 def run_watched(
     command: Sequence[str],
