@@ -52,7 +52,8 @@ class Timer:
     async def until(self, at_ns: int) -> None:
         """Return when ``time.monotonic_ns()`` is ``at_ns``; at once if it is past."""
         if self._descriptor < 0:
-            await asyncio.sleep(max(0, at_ns - time.monotonic_ns()) / _NS)
+            while (left_ns := at_ns - time.monotonic_ns()) > 0:
+                await asyncio.sleep(left_ns / _NS)
             return
         # Zero would disarm the timer; a time that is past makes it expire at once.
         self._spec.value.seconds, self._spec.value.nanoseconds = divmod(max(1, at_ns), _NS)
