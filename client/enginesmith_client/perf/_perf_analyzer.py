@@ -116,7 +116,7 @@ class PerfAnalyzerRun:
     def rows_per_s(self) -> float:
         """Rows of the answers within the window per second, from the records."""
         inside = [
-            one.rows for one in self.records if self.window.start_ns <= one.ended_ns <= self.window.end_ns
+            one.rows for one in self.records if self.window.start_ns <= one.ended_ns < self.window.end_ns
         ]
         return sum(inside) / (self.window.end_ns - self.window.start_ns) * 1e9
 
@@ -334,8 +334,9 @@ def _window(
     """What perf_analyzer counted, on the clock of ``records``."""
     shift_ns = records[0].sent_ns - export.requests[0].sent_ns
     if question.request_count is not None:
-        # It divides by a time that is rounded up to whole seconds: 200 requests in 0.16 s are 200/s to it.
-        start_ns, end_ns = records[0].sent_ns, max(record.ended_ns for record in records)
+        # Its own window is rounded up to whole seconds: 200 requests in 0.16 s are 200/s to it. This one ends just
+        # after the last response, because the end of a window is outside of it.
+        start_ns, end_ns = records[0].sent_ns, max(record.ended_ns for record in records) + 1
         return Window(
             start_ns, end_ns, steady=True, note=f"{len(records)} requests, as many as asked for{note}"
         )
