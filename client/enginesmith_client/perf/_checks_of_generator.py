@@ -60,15 +60,19 @@ def generator_lag(seen: Evidence) -> Check | None:
 
 def client_cpu(seen: Evidence) -> Check | None:
     """What a request costs this program is a good part of what was measured, or it was the bottleneck."""
-    ended = sum(seen.window.start_ns <= one.ended_ns < seen.window.end_ns for one in seen.records)
-    if seen.client_cpu_s is None or not ended or not seen.p50_ms or seen.window_s <= 0:
+    ended = [one for one in seen.records if seen.window.start_ns <= one.ended_ns < seen.window.end_ns]
+    # Work on the pieces of a stream goes on while the server makes the next: only one piece's worth is in a time.
+    unit, name, time_ms = "request", "latency", seen.p50_ms
+    if seen.figures.ttft_ms is not None:
+        unit, name, time_ms = "piece of a stream", "time to the first token", seen.figures.ttft_ms.p50
+    if seen.client_cpu_s is None or not ended or not time_ms or seen.window_s <= 0:
         return None
-    cpu_ms = 1e3 * seen.client_cpu_s / ended
+    cpu_ms = 1e3 * seen.client_cpu_s / sum(len(one.piece_ns) or 1 for one in ended)
     busy_percent = 100 * seen.client_cpu_s / seen.window_s
-    share = cpu_ms * _waiting_turns(seen, busy_percent) / seen.p50_ms
+    share = cpu_ms * _waiting_turns(seen, busy_percent) / time_ms
     words = (
-        f"this program spent {duration(cpu_ms)} of CPU on each request and was busy {busy_percent:.0f}% of the time; "
-        f"about {100 * min(share, 1.0):.0f}% of the median latency of {duration(seen.p50_ms)} is its own"
+        f"this program spent {duration(cpu_ms)} of CPU on each {unit} and was busy {busy_percent:.0f}% of the time; "
+        f"about {100 * min(share, 1.0):.0f}% of the median {name} of {duration(time_ms)} is its own"
     )
     if busy_percent > BUSY_PERCENT or share > OWN_VOID_SHARE:
         if seen.closed:

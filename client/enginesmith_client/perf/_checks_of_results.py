@@ -53,12 +53,11 @@ def unstable(seen: Evidence) -> Check | None:
     if seen.window.steady:
         return None
     measure = seen.profile.measure
-    words = (
-        f"the measurement did not become steady: {measure.windows} windows in a row never agreed within "
-        f"{measure.stability_percent:g}% in throughput and median latency"
+    why = seen.window.note or (
+        f"no {measure.windows} windows in a row agreed within {measure.stability_percent:g}%"
     )
-    note = f" ({seen.window.note})" if seen.window.note else ""
-    return Check("unstable", "warning", f"{words}{note}; measure longer, or look for what changes meanwhile")
+    words = f"throughput or median latency did not become steady: {why}. Measure longer, or look for what changes meanwhile"
+    return Check("unstable", "warning", words)
 
 
 def backlog(seen: Evidence) -> Check | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 from enginesmith_client.perf._evidence import Evidence
+from enginesmith_client.perf._records import Record
 from enginesmith_client.perf._run_files import Check
 from enginesmith_client.perf._samples import Sample
 
@@ -57,13 +58,7 @@ def counts_differ(seen: Evidence) -> Check | None:
         return None
     counted = after.statistics.requests - before.statistics.requests
     ours = sum(before.at_ns <= one.ended_ns < after.at_ns for one in seen.records)
-    # The server counts when it sends an answer, we when it is here; and what failed here may have been answered there.
-    edges = [(one.at_ns, _EDGE_NS + int(one.took_ms * 1e6)) for one in (before, after)]
-    unsure = sum(
-        not one.ok or any(abs(one.ended_ns - at_ns) < width_ns for at_ns, width_ns in edges)
-        for one in seen.records
-        if before.at_ns - edges[0][1] <= one.ended_ns < after.at_ns + edges[1][1]
-    )
+    unsure = sum(not one.ok or _under_way(one, before) or _under_way(one, after) for one in seen.records)
     if abs(counted - ours) <= unsure + _FEWEST_DIFFERENT + MOST_DIFFERENCE_SHARE * ours:
         return None
     words = f"the server counted {counted} requests of this model while this program had {ours} answers"
@@ -88,6 +83,13 @@ def response_cache(seen: Evidence) -> Check | None:
         "(requests.different)"
     )
     return Check("response-cache", "warning", words)
+
+
+def _under_way(record: Record, sample: Sample) -> bool:
+    """Whether the server may have counted a request on the other side of a sample than we: it does so when it sends the
+    answer or a little later, we when it is here, and what failed here may have been answered there."""
+    unsure_ns = _EDGE_NS + round(sample.took_ms * 1e6)
+    return record.sent_ns <= sample.at_ns + unsure_ns and record.ended_ns >= sample.at_ns - unsure_ns
 
 
 def _went_back(one: Sample, following: Sample) -> bool:
