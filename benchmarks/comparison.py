@@ -46,7 +46,7 @@ SERVICE_S = {service_s!r}
 
 
 class TritonPythonModel:
-    """Returns its input after SERVICE_S on average: 10% of jitter, 3% that wander, one request in 200 twice as long."""
+    """Returns its input after SERVICE_S on average: 10% of jitter, 1% that wanders, one request in 200 twice as long."""
 
     def initialize(self, arguments):
         self.random = random.Random()
@@ -61,7 +61,7 @@ class TritonPythonModel:
         return responses
 
     def service_s(self):
-        self.level = 0.99 * self.level + self.random.gauss(0.0, 0.004)
+        self.level = 0.99 * self.level + self.random.gauss(0.0, 0.0014)
         stall = 2.0 if self.random.random() < 0.005 else 1.0
         return SERVICE_S * stall * self.random.lognormvariate(self.level, 0.1)
 '''
@@ -76,7 +76,7 @@ class Settings:
     round_s: float
 
 
-RECORD = Settings(comparisons=20, rounds=12, round_s=1.0)
+RECORD = Settings(comparisons=20, rounds=12, round_s=0.75)
 QUICK = Settings(comparisons=2, rounds=8, round_s=0.5)
 PROFILE = Profile.model_validate(
     {

@@ -38,8 +38,18 @@ SCRIPTS = (
     "client",
     "agreement",
     "generator",
+    "comparison",
 )
-APART = ("rehearsal", "conversion", "encoders", "resilience", "client", "agreement", "generator")
+APART = (
+    "rehearsal",
+    "conversion",
+    "encoders",
+    "resilience",
+    "client",
+    "agreement",
+    "generator",
+    "comparison",
+)
 """Scripts with options of their own: run by name only, with what follows ``--`` on the command line."""
 _BEGIN, _END = "<!-- results: written by run.py -->", "<!-- end of results -->"
 

@@ -1,5 +1,6 @@
 """Saved runs with chosen figures, for what is computed from many runs. Written through the real writers."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -135,3 +136,9 @@ def load_of(profile: Profile) -> float:
         assert profile.load.rate_per_s is not None
         return profile.load.rate_per_s
     return profile.load.concurrency
+
+
+def example_in(page: str) -> str:
+    """The Python of a page of the documentation."""
+    text = (Path(__file__).parents[2] / "docs" / page).read_text()
+    return "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))

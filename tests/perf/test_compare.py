@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from recorded_runs import CLOSED, RecordedRuns, figures, saved_run, stream_figures, void_check
+from perf_models import PerfServer
+from recorded_runs import CLOSED, RecordedRuns, example_in, figures, saved_run, stream_figures, void_check
 
 from enginesmith_client.perf._bootstrap import PairedRatio
 from enginesmith_client.perf._compare import compare_saved
@@ -516,3 +517,28 @@ def test_a_comparison_of_another_version_is_refused(tmp_path: Path) -> None:
 def test_options_out_of_range_are_refused(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ProfileError, match=words):
         CompareOptions(**options)
+
+
+def test_the_example_of_the_documentation_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    live(tmp_path / "bench" / "compare", rounds_of())
+    monkeypatch.chdir(tmp_path)
+    exec(example_in("bench-compare.md"), {})
+    assert "latency p50: 1.0" in capsys.readouterr().out
+
+
+@pytest.mark.server
+def test_one_model_beside_itself_on_a_real_server_is_not_worse(
+    tmp_path: Path, perf_server: PerfServer
+) -> None:
+    target = perf_server.target("steady20")
+    found = compare_live(target, target, CLOSED, directory=tmp_path, rounds=6, round_s=0.4)
+    assert found.verdict != "worse"
+    assert found.a.requests > 6 * 30
+    assert {metric.name for metric in found.metrics if metric.role == "primary"} == {
+        "requests_per_s",
+        "latency_ms.p50",
+    }
+    assert len(found.metrics[0].values_a) + len(found.left_out) == 6
+    assert load_comparison(tmp_path) == found

@@ -6,13 +6,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from recorded_runs import CLOSED, RecordedRuns, figures, load_of, void_check
+from perf_models import PerfServer
+from recorded_runs import CLOSED, RecordedRuns, example_in, figures, load_of, void_check
 
 from enginesmith_client.perf._errors import MeasurementError, ProfileError, ResultsError
 from enginesmith_client.perf._figures import Figures
 from enginesmith_client.perf._knee import LoadPoint, knee_of
 from enginesmith_client.perf._ladder import Ladder, ladder_from_text
-from enginesmith_client.perf._profile import ClosedLoad, OpenLoad, Profile, SloPart, TraceArrivals
+from enginesmith_client.perf._profile import (
+    ClosedLoad,
+    MeasurePart,
+    OpenLoad,
+    Profile,
+    SloPart,
+    TraceArrivals,
+)
 from enginesmith_client.perf._run_files import SloVerdict
 from enginesmith_client.perf._sweep import SWEEP_FILE, Sweep, load_sweep, sweep
 from enginesmith_client.perf._target import Target
@@ -291,3 +299,26 @@ def test_two_points_have_no_knee(tmp_path: Path) -> None:
     found = swept(tmp_path, "concurrency=1,2")
     assert found.knee is None
     assert "no knee: that needs 3 usable points" in found.words
+
+
+def test_the_example_of_the_documentation_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    swept(tmp_path / "bench" / "sweep", "concurrency=1,2,4", profile=WITH_SLO)
+    monkeypatch.chdir(tmp_path)
+    exec(example_in("bench-sweep.md"), {})
+    assert "4 at a time 400.0 16.0 True" in capsys.readouterr().out
+
+
+@pytest.mark.server
+def test_a_sweep_of_a_real_server_finds_that_a_batching_model_takes_more_at_once(
+    tmp_path: Path, perf_server: PerfServer
+) -> None:
+    measure = MeasurePart(window_s=0.5, windows=1, max_s=1.0, warmup_s=0.1)
+    profile = CLOSED.model_copy(update={"measure": measure})
+    ladder = ladder_from_text("concurrency=2,8")
+    found = sweep(perf_server.target("steady20"), profile, ladder, directory=tmp_path)
+    two, eight = found.points
+    assert found.model_version == "1"
+    assert eight.throughput_per_s > 1.5 * two.throughput_per_s
+    assert sweep(perf_server.target("steady20"), profile, ladder, directory=tmp_path).points == found.points

@@ -167,7 +167,7 @@ def _pivots(moved: Floats, variances: Floats, *, error: float) -> Floats:
     Values that are nearly all the same (memory, say) give resamples without any spread, whose t would be infinite; no
     resample counts as more than ten times as certain as the sample itself.
     """
-    least = max(_LEAST_SPREAD * error, np.finfo(float).tiny)
+    least = max(_LEAST_SPREAD * error, float(np.finfo(float).tiny))
     return np.asarray(np.abs(moved) / np.maximum(np.sqrt(variances), least))
 
 
