@@ -22,9 +22,7 @@ LEAST_OBSERVED_S = 0.5
 WALL_JUMP_S, SUSPENDED_S = 0.5, 0.05
 SWAP_WARNING_BYTES, SWAP_VOID_BYTES = 1 << 20, 64 << 20
 
-_PERF_ANALYZER = (
-    "measure it with perf_analyzer (load.generator: perf_analyzer), whose figure is the one to trust"
-)
+_PERF_ANALYZER = "measure it with perf_analyzer (--generator perf_analyzer), whose figure is the one to trust"
 
 
 def generator_lag(seen: Evidence) -> Check | None:
