@@ -27,7 +27,7 @@ from enginesmith_client.perf._perf_analyzer import (
     run_perf_analyzer,
 )
 from enginesmith_client.perf._perf_analyzer_files import input_data_from_requests, read_export
-from enginesmith_client.perf._perf_analyzer_tool import VARIABLE
+from enginesmith_client.perf._perf_analyzer_tool import VARIABLE, is_untried
 from enginesmith_client.perf._prepared import Prepared, TokenCounts
 from enginesmith_client.perf._profile import Profile
 from enginesmith_client.perf._progress import Progress
@@ -407,6 +407,27 @@ def test_one_on_the_path_that_does_not_run_gives_way_to_the_assembled_one(bare: 
     tool = find_perf_analyzer()
     assert tool.executable == assembled
     assert tool.version() == "2.51.0 (commit unknown)"
+
+
+def test_the_program_of_the_wheel_is_taken_without_its_launcher(
+    bare: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(bare / "site-packages"))
+    (bare / "site-packages" / "perf_analyzer").mkdir(parents=True)
+    (bare / "site-packages" / "perf_analyzer" / "__init__.py").touch()
+    executable = program(
+        bare / "site-packages" / "perf_analyzer" / "bin" / "perf_analyzer",
+        "echo 'Perf Analyzer Version 2.60.0 (commit abc)'",
+    )
+    tool = find_perf_analyzer()
+    assert (tool.executable, tool.version()) == (executable, "2.60.0 (commit abc)")
+
+
+@pytest.mark.parametrize(
+    ("version", "untried"), [("2.51.0", False), ("2.60.3", False), ("2.61.0", True), ("3.0", True)]
+)
+def test_versions_that_nobody_tried_are_known_as_such(version: str, untried: bool) -> None:
+    assert is_untried(version) is untried
 
 
 def test_where_none_runs_every_reason_is_given(bare: Path) -> None:

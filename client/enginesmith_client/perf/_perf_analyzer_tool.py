@@ -119,7 +119,7 @@ def find_perf_analyzer() -> PerfAnalyzer:
 
 
 def candidates() -> Iterator[PerfAnalyzer]:
-    """Every perf_analyzer that is there already, best first; none is downloaded or assembled from the cache's lack.
+    """Every perf_analyzer that is there already, best first; none is downloaded.
 
     Raises:
         ToolError: ENGINESMITH_PERF_ANALYZER names a wheel that holds none.
@@ -134,8 +134,6 @@ def candidates() -> Iterator[PerfAnalyzer]:
     for location in (specification.submodule_search_locations or ()) if specification else ():
         executable = Path(location, "bin", "perf_analyzer")
         if executable.is_file():
-            if not os.access(executable, os.X_OK):
-                executable.chmod(executable.stat().st_mode | 0o111)
             yield PerfAnalyzer(executable)
     directory = _directory()
     if directory.is_dir():
