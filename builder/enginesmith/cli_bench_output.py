@@ -105,14 +105,14 @@ def status_of(run: Run) -> int:
     """0: it may be believed and kept its SLO; 130: interrupted; 1: everything else."""
     if run.status == "partial" and run.ended_because.startswith("interrupted"):
         return INTERRUPTED
-    return 1 if any(_reasons(run)) else 0
+    return 1 if run.status == "partial" or any(_reasons(run)) else 0
 
 
 def status_words(run: Run) -> Iterator[str]:
-    """Why the exit status of ``run`` is not 0, a line each."""
+    """Why the exit status of ``run`` is not 0, a line each. The words of the checks stand in the table of checks."""
     if run.status == "partial":
         yield f"{run.title}: partial: {run.ended_because}; what was measured is kept"
-    yield from (f"{run.title}: {reason}" for reason in _reasons(run) if run.status != "partial" or run.void)
+    yield from (f"{run.title}: {reason}" for reason in _reasons(run))
 
 
 def run_tables(run: Run) -> Iterator[Table | str]:
@@ -154,19 +154,16 @@ def run_tables(run: Run) -> Iterator[Table | str]:
 
 
 def _reasons(run: Run) -> Iterator[str]:
-    """Why nobody should ship on this."""
-    if not run.figures.requests or run.figures.latency_ms is None:
+    """Why nobody should ship on this; nothing of a run that was merely ended early."""
+    if run.figures.latency_ms is None:
         yield "nothing was measured: not one request was answered"
-    for check in run.checks:
-        if check.severity == "void":
-            yield f"void ({check.rule}): {check.words}"
+    if run.void:
+        yield f"void: {', '.join(check.rule for check in run.checks if check.severity == 'void')}"
     for verdict in run.slo:
         if verdict.met is False:
             yield f"SLO missed: {verdict.name} is {verdict.measured:.4g}, the limit is {verdict.limit:g}"
         elif verdict.met is None:
             yield f"SLO not judged: {verdict.name} could not be measured"
-    if run.status == "partial":
-        yield run.ended_because
 
 
 def _figure_rows(figures: Figures) -> Iterator[tuple[str, str, str]]:

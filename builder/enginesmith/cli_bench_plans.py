@@ -53,8 +53,13 @@ def _compared(outcome: Outcome, before: SavedRun, after: SavedRun) -> Outcome:
     from enginesmith.cli_compare import comparison_tables, comparison_words
     from enginesmith_client.perf._compare import compare_saved
     from enginesmith_client.perf._comparison import EXIT_CODES
+    from enginesmith_client.perf._errors import ResultsError
 
-    comparison = compare_saved(before, after)
+    try:
+        comparison = compare_saved(before, after)
+    except ResultsError as error:
+        # The run itself is good, and its figures must be seen.
+        return replace(outcome, status=1, reasons=(*outcome.reasons, f"not compared: {error}"))
     return replace(
         outcome,
         status=outcome.status or EXIT_CODES[comparison.verdict],
