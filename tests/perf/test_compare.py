@@ -252,6 +252,15 @@ def test_a_model_that_answers_nothing_is_worse_and_not_void(tmp_path: Path) -> N
     assert "4800 of 4800 requests of B failed" in found.words
 
 
+def test_what_rounds_warn_of_is_said_once_for_each_side(tmp_path: Path) -> None:
+    run = rounds_of()
+    run.fields = lambda target, profile: {
+        "checks": (Check("machine-cpu", "warning", f"busy in {profile.seed}"),)
+    }
+    found = live(tmp_path, run)
+    assert found.warnings == ("A, machine-cpu: busy in 1", "B, machine-cpu: busy in 1")
+
+
 def test_progress_says_which_run_of_how_many(tmp_path: Path) -> None:
     parts = []
     compare_live(
@@ -337,20 +346,20 @@ def _paired(seed: int) -> Callable[[Values], PairedRatio]:
 
 @pytest.mark.parametrize("heavy", [0.0, 0.15])
 def test_identical_models_are_hardly_ever_called_worse(heavy: float) -> None:
-    found = verdicts(600, slowdown=1.0, spread=0.012, seed=1, heavy=heavy)
+    found = verdicts(400, slowdown=1.0, spread=0.012, seed=1, heavy=heavy)
     assert found.count("worse") + found.count("better") == 0
     assert found.count("same") / len(found) > (0.7 if not heavy else 0.1)
 
 
 def test_a_slowdown_of_exactly_the_minimum_effect_is_called_worse_no_more_often_than_promised() -> None:
     # The least favourable truth: two and a half percent is what a two-sided confidence of 95% allows.
-    found = verdicts(1500, slowdown=1.02, spread=0.012, seed=2)
+    found = verdicts(800, slowdown=1.02, spread=0.012, seed=2)
     assert found.count("worse") / len(found) < 0.025 + 3 * math.sqrt(0.025 * 0.975 / len(found))
     assert found.count("better") == 0
 
 
 def test_a_slowdown_of_five_percent_is_found() -> None:
-    found = verdicts(500, slowdown=1.05, spread=0.012, seed=3)
+    found = verdicts(400, slowdown=1.05, spread=0.012, seed=3)
     assert found.count("worse") / len(found) > 0.97
     assert found.count("better") + found.count("same") == 0
 

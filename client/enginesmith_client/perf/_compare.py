@@ -64,7 +64,7 @@ def compare_saved(
             hint="measure them with the same profile on the same machine; --force compares them all the same",
         )
     single = len(runs_a) == 1
-    warnings = [*differences, *([_ONE_RUN] if single else []), *_check_warnings(runs_a, runs_b)]
+    warnings = [*differences, *([_ONE_RUN] if single else [])]
     return conclude(
         runs_a,
         runs_b,
@@ -121,7 +121,7 @@ def conclude(
         words=words,
         hint=hint,
         metrics=metrics,
-        warnings=(*warnings, *unmeasured),
+        warnings=(*warnings, *_check_warnings(runs_a, runs_b), *unmeasured),
         void=tuple(void),
         method=method,
         options=options,

@@ -63,7 +63,7 @@ class Side:
     model_version: str
     url: str
     requests: int
-    """Within all windows that were used, answered or failed."""
+    """Within the windows of all runs, answered or failed; also of runs whose times are not used."""
     errors: Mapping[str, int]
     """Of these, failures by kind."""
     runs: tuple[str, ...]
