@@ -11,6 +11,7 @@ from enginesmith_client.perf._profile import ClosedLoad
 from enginesmith_client.perf._quantities import byte_size, duration
 from enginesmith_client.perf._records import Record
 from enginesmith_client.perf._run_files import Check
+from enginesmith_client.perf._samples import Sample
 
 LAG_VOID_MS, LAG_VOID_SHARE = 5.0, 0.10
 LAG_WARNING_MS, LAG_WARNING_SHARE = 2.0, 0.05
@@ -90,26 +91,36 @@ def machine_cpu(seen: Evidence) -> Check | None:
     machine_s = after.machine_total_s - before.machine_total_s
     if machine_s <= 0 or after.at_ns - before.at_ns < LEAST_OBSERVED_S * 1e9:
         return None
-    busy_s = after.machine_busy_s - before.machine_busy_s
     stolen_percent = 100 * (after.machine_stolen_s - before.machine_stolen_s) / machine_s
+    found = [_others(before, after, machine_s)]
     if stolen_percent > STOLEN_PERCENT:
-        words = f"the hypervisor gave {stolen_percent:.0f}% of this machine's CPU time to other machines"
-        return Check("machine-cpu", "warning", f"{words}: measure again when it is quiet, or elsewhere")
+        found.append(
+            f"the hypervisor gave {stolen_percent:.0f}% of this machine's CPU time to other machines: measure again when it is "
+            "quiet, or elsewhere"
+        )
+    words = "; ".join(one for one in found if one)
+    return Check("machine-cpu", "warning", words) if words else None
+
+
+def _others(before: Sample, after: Sample, machine_s: float) -> str:
+    """In words, what other processes used of the machine; empty where that is little."""
+    busy_s = after.machine_busy_s - before.machine_busy_s
     if before.server_cpu_s is None or after.server_cpu_s is None:
         percent = 100 * busy_s / machine_s
         if percent <= FULL_PERCENT:
-            return None
-        words = f"the machine of the generator was busy at {percent:.0f}%, and how much of that is the server is not seen"
-        return Check("machine-cpu", "warning", f"{words}: the generator may have had to wait")
+            return ""
+        return (
+            f"the machine of the generator was busy at {percent:.0f}%, and how much of that is the server is not seen: "
+            "the generator may have had to wait"
+        )
     ours_s = after.client_cpu_s - before.client_cpu_s + after.server_cpu_s - before.server_cpu_s
     others_percent = 100 * (busy_s - ours_s) / machine_s
     if others_percent <= OTHERS_PERCENT:
-        return None
-    words = (
+        return ""
+    return (
         f"other processes used {others_percent:.0f}% of this machine's CPUs, server and generator "
         f"{100 * ours_s / machine_s:.0f}%: end them and measure again"
     )
-    return Check("machine-cpu", "warning", words)
 
 
 def clock(seen: Evidence) -> Check | None:

@@ -145,7 +145,7 @@ def machine_cpu_s() -> tuple[float, float, float]:
     stolen_s = float(getattr(times, "steal", 0.0))
     # On Linux ``guest`` is a part of ``user``.
     total_s = sum(times) - getattr(times, "guest", 0.0) - getattr(times, "guest_nice", 0.0)
-    return total_s - idle_s, total_s, stolen_s
+    return total_s - idle_s - stolen_s, total_s, stolen_s
 
 
 def swap_in_pages() -> int | None:
