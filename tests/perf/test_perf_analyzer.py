@@ -284,6 +284,25 @@ def test_a_model_slower_than_the_windows_asks_for_longer_ones(
 
 
 @pytest.mark.server
+def test_more_requests_than_there_is_time_for_end_at_the_limit(
+    tmp_path: Path, perf_server: PerfServer
+) -> None:
+    question = Question(
+        "steady20",
+        perf_server.grpc_url,
+        input_data_from_rows(ROWS),
+        1,
+        request_count=100_000,
+        max_s=0.5,
+        timeout_s=0.5,
+    )
+    with pytest.raises(
+        ToolError, match=r"(?s)was ended \(max_s\); it left no records.*hint: raise measure.max_s"
+    ):
+        run_perf_analyzer(question, directory=tmp_path)
+
+
+@pytest.mark.server
 def test_an_unknown_model_is_named(tmp_path: Path, perf_server: PerfServer) -> None:
     question = Question("nosuch", perf_server.grpc_url, input_data_from_rows(ROWS), 1, request_count=5)
     with pytest.raises(ModelNotReady, match="does not serve the model 'nosuch'"):

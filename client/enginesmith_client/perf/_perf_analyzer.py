@@ -62,6 +62,7 @@ _WINDOW_PER_INTERVAL = 1.2
 """How much longer a window is than ``--measurement-interval``: ``InferenceProfiler::Measure``, and seen."""
 _SPARE_S = 10.0
 """How late an interrupt may come on a busy machine before perf_analyzer runs out of windows."""
+_COUNTED_GRACE_S = 1.0
 _CONFIG_TIMEOUT_S = 60.0
 
 
@@ -199,7 +200,8 @@ def run_perf_analyzer(
         limits=Limits(
             passes=None if question.request_count else _trials(question),
             seconds=_longest_s(question),
-            grace_s=question.timeout_s,
+            # With a request count an interrupt makes it wait for ever.
+            grace_s=_COUNTED_GRACE_S if question.request_count else question.timeout_s,
         ),
         on_step=lambda elapsed_s, passes: on_progress(_progress(question, elapsed_s, passes)),
     )
