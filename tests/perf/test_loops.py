@@ -19,6 +19,7 @@ from perf_models import PerfServer, tensor_request, text_request
 from enginesmith.triton.server import TritonServer
 from enginesmith_client import InvalidInput
 from enginesmith_client.perf._errors import ProfileError
+from enginesmith_client.perf._loops import Loop
 from enginesmith_client.perf._prepared import Prepared, TokenCounts
 from enginesmith_client.perf._profile import Profile
 from enginesmith_client.perf._progress import Progress
@@ -42,11 +43,11 @@ def test_a_closed_loop_keeps_so_many_requests_in_flight(perf_server: PerfServer)
 
 
 def test_an_open_loop_sends_when_requests_are_due_whatever_the_server_does(perf_server: PerfServer) -> None:
-    # A request takes 20 ms at the least, so without overlap 25 would be answered.
+    # A request takes 20 ms at the least, so without overlap 15 would be answered.
     loop, records = load(perf_server.target("steady20"), profile(constant(200)))
     due_ns = [record.due_ns for record in records]
     assert np.diff(due_ns).tolist() == [5_000_000] * (len(records) - 1)
-    assert len(records) >= 100
+    assert len(records) >= 60
     assert all(record.ok and record.sent_ns >= record.due_ns for record in records)
     assert loop.window == loop.window.__class__(
         loop.window.start_ns, loop.window.end_ns, True, loop.window.note
@@ -112,9 +113,9 @@ def test_windows_that_agree_end_the_run(perf_server: PerfServer) -> None:
 def test_max_s_ends_a_run_that_is_not_steady(perf_server: PerfServer) -> None:
     wanted = profile(closed(1), window_s=0.1, windows=3, stability_percent=1e-9)
     loop, _ = load(perf_server.target("steady20"), wanted)
-    assert (loop.status, loop.ended_because) == ("complete", "max_s: 0.5 s were measured")
+    assert (loop.status, loop.ended_because) == ("complete", "max_s: 0.3 s were measured")
     assert not loop.window.steady
-    assert loop.window.end_ns - loop.window.start_ns == NS // 2
+    assert loop.window.end_ns - loop.window.start_ns == 3 * NS // 10
 
 
 @pytest.mark.parametrize(("wanted", "by_end"), [(closed(3), True), (constant(100), False)])
@@ -188,22 +189,37 @@ def test_an_unknown_model_ends_the_run_with_every_request_recorded(perf_server: 
     assert 20 <= len(records) <= 200
 
 
-@pytest.mark.parametrize("wanted", [closed(2), constant(50)])
-def test_a_server_that_is_killed_leaves_a_partial_run(own_server: Start, wanted: dict[str, Any]) -> None:
+def test_a_server_that_is_killed_leaves_a_partial_run(own_server: Start) -> None:
     with own_server("tiny") as server:
         target = Target("tiny", f"grpc://{server.grpc_url}")
+        asked: set[str] = set()
 
-        def kill(progress: Progress) -> None:
-            if progress.answered >= 10 and not progress.failed:
-                os.kill(server.pid, signal.SIGKILL)
+        def kill_after(name: str) -> Callable[[Progress], None]:
+            def look(progress: Progress) -> None:
+                if progress.answered >= 10:
+                    asked.add(name)
+                if asked == {"closed", "open"}:
+                    asked.add("killed")
+                    os.kill(server.pid, signal.SIGKILL)
 
-        loop, records = load(target, profile(wanted, max_s=60, window_s=60), on_progress=kill)
-    assert loop.status == "partial"
-    assert "server lost" in loop.ended_because
-    assert "(connect)" in loop.ended_because
-    assert sum(record.ok for record in records) >= 10
-    assert not records[-1].ok
-    assert loop.window.end_ns >= records[0].ended_ns
+            return look
+
+        async def both() -> list[tuple[Loop, list[Record]]]:
+            return await asyncio.gather(
+                *[
+                    loaded(target, profile(wanted, max_s=60, window_s=60), on_progress=kill_after(name))
+                    for name, wanted in (("closed", closed(2)), ("open", constant(50)))
+                ]
+            )
+
+        runs = asyncio.run(both())
+    for loop, records in runs:
+        assert loop.status == "partial"
+        assert "server lost" in loop.ended_because
+        assert "(connect)" in loop.ended_because
+        assert sum(record.ok for record in records) >= 10
+        assert not records[-1].ok
+        assert loop.window.end_ns >= records[0].ended_ns
 
 
 def test_a_server_that_is_not_there_ends_the_run() -> None:
@@ -305,13 +321,31 @@ def test_a_record_that_cannot_be_written_ends_the_run(perf_server: PerfServer) -
         load(perf_server.target("tiny"), profile(closed(2), max_s=60, window_s=60), write=full)
 
 
-def test_the_interpreter_is_as_before_when_the_run_is_over(perf_server: PerfServer) -> None:
-    before = (gc.isenabled(), sys.getswitchinterval(), signal.getsignal(signal.SIGINT), gc.get_freeze_count())
+def test_the_interpreter_is_as_before_when_the_last_of_several_runs_is_over(perf_server: PerfServer) -> None:
+    def state() -> tuple[Any, ...]:
+        return gc.isenabled(), sys.getswitchinterval(), signal.getsignal(signal.SIGINT), gc.get_freeze_count()
+
     seen: list[bool] = []
-    load(perf_server.target("tiny"), profile(closed(1)), on_progress=lambda _: seen.append(gc.isenabled()))
-    after = (gc.isenabled(), sys.getswitchinterval(), signal.getsignal(signal.SIGINT), gc.get_freeze_count())
+
+    async def two() -> tuple[Any, ...]:
+        inside = state()
+        await asyncio.gather(
+            *[
+                loaded(
+                    perf_server.target("tiny"),
+                    profile(closed(1), max_s=max_s, window_s=max_s),
+                    on_progress=lambda _: seen.append(gc.isenabled()),
+                )
+                for max_s in (0.2, 0.6)
+            ]
+        )
+        assert state() == inside
+        return inside
+
+    before = state()
+    asyncio.run(two())
     assert not any(seen)
-    assert after == before
+    assert state() == before
 
 
 def test_a_load_leaves_no_cycles_for_the_collector(perf_server: PerfServer) -> None:
@@ -319,8 +353,8 @@ def test_a_load_leaves_no_cycles_for_the_collector(perf_server: PerfServer) -> N
         load(perf_server.target("tiny"), profile(closed(4), max_s=seconds, window_s=seconds))
         return gc.collect()
 
-    collected(0.3)
-    few, many = collected(0.3), collected(1.5)
+    collected(0.2)
+    few, many = collected(0.2), collected(1.0)
     # What a run leaves behind does not grow with its requests, of which there are hundreds.
     assert many - few < 100
 

@@ -12,13 +12,10 @@ Records are handed out a few at a time between other work, so that requests that
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
-import signal
-import threading
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeAlias
 
@@ -32,7 +29,8 @@ from enginesmith_client.perf._progress import OnProgress, Phase, Progress
 from enginesmith_client.perf._records import Record
 from enginesmith_client.perf._run_files import Window
 from enginesmith_client.perf._tally import Tally
-from enginesmith_client.perf._timer import Timer, undisturbed
+from enginesmith_client.perf._timer import Timer
+from enginesmith_client.perf._undisturbed import on_interrupt, undisturbed
 from enginesmith_client.perf._wire import Answer, Wire
 
 _NS = 1_000_000_000
@@ -100,7 +98,7 @@ async def run_load(
     with undisturbed():
         await wire.connect(timeout_s=min(CONNECT_S, profile.measure.timeout_s))
         run = _Load(wire, requests, profile, write=write, origin_ns=origin_ns)
-        with _on_interrupt(lambda: run.end(_INTERRUPTED)):
+        with on_interrupt(lambda: run.end(_INTERRUPTED)):
             if dues is None:
                 sending: Awaitable[object] = asyncio.gather(*run.workers())
             else:
@@ -370,23 +368,3 @@ def _too_many(max_in_flight: int) -> str:
         f"server lost: more than max_in_flight={max_in_flight} requests waited for their answers; "
         "the server does not keep up with this rate"
     )
-
-
-@contextlib.contextmanager
-def _on_interrupt(act: Callable[[], None]) -> Iterator[None]:
-    """Ctrl-C calls ``act`` instead of raising KeyboardInterrupt, where that can be had: on the main thread."""
-    before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or before is None:
-        yield
-        return
-    loop = asyncio.get_running_loop()
-    try:
-        loop.add_signal_handler(signal.SIGINT, act)
-    except NotImplementedError:  # Event loops of Windows.
-        yield
-        return
-    try:
-        yield
-    finally:
-        loop.remove_signal_handler(signal.SIGINT)
-        signal.signal(signal.SIGINT, before)

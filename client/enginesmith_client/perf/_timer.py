@@ -1,4 +1,4 @@
-"""Being on time in an event loop: a timer finer than the loop's own, and an interpreter that does nothing else meanwhile.
+"""Being on time in an event loop: a timer finer than the loop's own.
 
 asyncio rounds the time-outs of epoll up to whole milliseconds (``selectors.EpollSelector.select``), which would make every
 request up to a millisecond late. A timerfd is a file that becomes readable on time, so it wakes the same loop exactly.
@@ -9,18 +9,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
-import gc
 import os
 import sys
 import time
-from collections.abc import Iterator
 from typing import Any
 
 _CLOCK_MONOTONIC = 1
 _TFD_TIMER_ABSTIME = 1
 _NS = 1_000_000_000
-_SWITCH_INTERVAL_S = 0.0002
-"""For how long another thread, one that draws a progress bar, say, may keep the interpreter from the loop. Default: 5 ms."""
 
 
 class _Time(ctypes.Structure):
@@ -73,23 +69,3 @@ class Timer:
             os.read(self._descriptor, 8)
         if self._woken is not None and not self._woken.done():
             self._woken.set_result(None)
-
-
-@contextlib.contextmanager
-def undisturbed() -> Iterator[None]:
-    """No garbage collection, and no other thread of Python for long, while the block runs.
-
-    Requests leave no cycles behind, so that memory does not grow without the collector.
-    """
-    collected, interval_s = gc.isenabled(), sys.getswitchinterval()
-    gc.collect()
-    gc.freeze()
-    gc.disable()
-    sys.setswitchinterval(_SWITCH_INTERVAL_S)
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(interval_s)
-        gc.unfreeze()
-        if collected:
-            gc.enable()
