@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,12 @@ from enginesmith_client.perf._run_files import (
     SloVerdict,
     Window,
     save_run,
+    write_document,
 )
 from enginesmith_client.perf._samples import Sample, SampleWriter
+from enginesmith_client.perf._suite import FORMAT as SUITE_FORMAT
+from enginesmith_client.perf._suite import SUITE_FILE, SuiteEntry, SuiteResult
+from enginesmith_client.perf._suite import VERSION as SUITE_VERSION
 from enginesmith_client.perf._sweep import sweep
 from enginesmith_client.perf._target import Target
 
@@ -185,7 +189,7 @@ def void_run(directory: Path) -> SavedRun:
         "Measure with perf_analyzer (load: generator: perf_analyzer) and trust its figure."
     )
     return save(
-        directory, tensor_records(20_000, median_ms=0.9), CLOSED, title="echo, 16 at a time", model="echo",
+        directory, tensor_records(6_000, median_ms=0.9), CLOSED, title="echo, 16 at a time", model="echo",
         checks=(Check("client-cpu", "void", words),), workload={"kind": "tensors"},
         server=ServerFigures(20_000, 0.08, 0.01, 0.11, 0.01, 6120, batch_sizes=batches, mean_batch=3.2),
     )  # fmt: skip
@@ -236,17 +240,42 @@ def a_sweep(directory: Path) -> None:
 
 
 def a_comparison(directory: Path, *, slower: float = 1.05, void: bool = False) -> None:
-    """Ten rounds in which B takes ``slower`` times as long."""
+    """Eight rounds in which B takes ``slower`` times as long."""
     rng = np.random.default_rng(5)
 
     def run(target: Target, profile: Profile, *, directory: Path, **_: Any) -> SavedRun:
         factor = (slower if target.model == "b" else 1.0) * float(rng.normal(1.0, 0.008))
         checks = (recorded_runs.void_check(f"the clock jumped {HOSTILE}"),) if void else ()
-        records = tensor_records(int(1500 / factor), seconds=5.0, median_ms=6.0 * factor)
+        records = tensor_records(int(600 / factor), seconds=5.0, median_ms=6.0 * factor)
         return save(
             directory, records, profile.as_json(), model=target.model, with_samples=False, checks=checks,
             workload={"kind": "tensors"},
         )  # fmt: skip
 
     profile = Profile.model_validate(CLOSED)
-    compare_live(Target("a"), Target("b"), profile, rounds=10, directory=directory, run=run)
+    compare_live(Target("a"), Target("b"), profile, rounds=8, directory=directory, run=run)
+
+
+def a_suite(directory: Path) -> None:
+    """Scenarios of every fate: kept, broken with failures, void, skipped."""
+    good_run(directory / "chat-short")
+    troubled_run(directory / "bursty")
+    void_run(directory / "many-tiny")
+    entries = (
+        SuiteEntry("chat-short", "Short chats", "What most users do.", "measured", "chat-short"),
+        SuiteEntry("bursty", "Bursts", HOSTILE, "measured", "bursty", notes=("cut to 512 tokens",)),
+        SuiteEntry("many-tiny", "Many tiny requests", "", "measured", "many-tiny"),
+        SuiteEntry("embeddings-bulk", "Bulk", "", "skipped", reason=f"it is for models that {HOSTILE}"),
+        SuiteEntry("soak", "Soak", "", "failed", reason="the server refused the profile"),
+    )
+    result = SuiteResult(
+        "standard",
+        "m",
+        "1",
+        "grpc://127.0.0.1:8001",
+        "text",
+        "complete",
+        "2026-11-23T08:00:00+00:00",
+        entries,
+    )
+    write_document(directory / SUITE_FILE, SUITE_FORMAT, SUITE_VERSION, asdict(result))

@@ -18,8 +18,10 @@ from enginesmith_client.perf._report_html import html_of
 from enginesmith_client.perf._report_markdown import markdown_of
 from enginesmith_client.perf._report_model import Report
 from enginesmith_client.perf._report_run import report_of_run
+from enginesmith_client.perf._report_suite import report_of_suite
 from enginesmith_client.perf._report_sweep import report_of_sweep
 from enginesmith_client.perf._run_files import RUN_FILE, load_run
+from enginesmith_client.perf._suite import SUITE_FILE
 from enginesmith_client.perf._sweep import SWEEP_FILE
 
 FORMAT = "enginesmith-bench-report"
@@ -67,6 +69,7 @@ def _run(directory: Path) -> Report:
 _REPORTS: Mapping[str, Callable[[Path], Report]] = {
     COMPARISON_FILE: report_of_comparison,
     SWEEP_FILE: report_of_sweep,
+    SUITE_FILE: report_of_suite,
     RUN_FILE: _run,
 }
 """By the file that tells. In this order: a directory of many runs has none of its own."""

@@ -28,6 +28,8 @@ RECORDS_FILE = "records.jsonl"
 SAMPLES_FILE = "samples.jsonl"
 
 Dataclass = TypeVar("Dataclass")
+# Making one costs more than reading a run with it.
+_ADAPTERS: dict[type, TypeAdapter[Any]] = {}
 
 
 @dataclass(frozen=True)
@@ -185,10 +187,13 @@ def from_plain(kind: type[Dataclass], plain: Mapping[str, Any]) -> Dataclass:
         ResultsError: a field is missing or of another type.
     """
     try:
-        return TypeAdapter(kind).validate_json(json.dumps(plain))
+        if kind not in _ADAPTERS:
+            _ADAPTERS[kind] = TypeAdapter(kind)
+        read: Dataclass = _ADAPTERS[kind].validate_json(json.dumps(plain))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise ResultsError(
             f"saved results cannot be read as {kind.__name__}: {where}: {first['msg']}"
         ) from error
+    return read
