@@ -5,7 +5,14 @@ import math
 import numpy as np
 import pytest
 
-from enginesmith_client.perf._bootstrap import BlockRatio, PairedRatio, Series, TwoSampleRatio
+from enginesmith_client.perf._bootstrap import (
+    SLICES,
+    BlockRatio,
+    PairedRatio,
+    Series,
+    TwoSampleRatio,
+    _weighted_quantiles,
+)
 
 T_975_WITH_29 = 2.0452
 """Student's t: 97.5% quantile at 29 degrees of freedom, from tables."""
@@ -150,6 +157,18 @@ def test_block_interval_knows_that_neighbours_in_time_are_slow_together() -> Non
     ]
     # Theory for a mean: sqrt((1 + 0.95) / (1 - 0.95)) = 6.2 times as wide; blocks of a finite length see most of it.
     assert widths[0] > 3 * widths[1]
+
+
+@pytest.mark.parametrize("count", [1, 7, 999, 1000, 1001, 5003])
+@pytest.mark.parametrize("quantile", [0.01, 0.5, 0.99, 1.0])
+def test_weighted_quantiles_are_those_of_values_that_are_written_out(count: int, quantile: float) -> None:
+    rng = np.random.default_rng(count)
+    ordered, slices = np.sort(rng.random(count)), rng.integers(0, SLICES, count)
+    weights = rng.integers(1, 4, (5, SLICES)).astype(float)
+    found = _weighted_quantiles(ordered, slices, weights, quantile)
+    for row, value in zip(weights, found, strict=True):
+        written_out = np.repeat(ordered, row[slices].astype(int))
+        assert value == written_out[math.ceil(quantile * len(written_out)) - 1]
 
 
 def test_runs_without_values_are_refused() -> None:

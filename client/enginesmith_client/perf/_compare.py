@@ -64,7 +64,6 @@ def compare_saved(
             hint="measure them with the same profile on the same machine; --force compares them all the same",
         )
     single = len(runs_a) == 1
-    warnings = [*differences, *([_ONE_RUN] if single else [])]
     return conclude(
         runs_a,
         runs_b,
@@ -73,13 +72,8 @@ def compare_saved(
         options=options,
         kind="saved",
         method=_BLOCKS if single else _RUNS,
-        warnings=warnings,
-        void=[
-            f"{name} ({saved.directory.name}) cannot be used: {reason}"
-            for name, runs in (("A", runs_a), ("B", runs_b))
-            for saved in runs
-            if (reason := unusable(saved))
-        ],
+        warnings=[*differences, *([_ONE_RUN] if single else [])],
+        void=[*_void("A", runs_a), *_void("B", runs_b)],
         repeats=(_whole_s(runs_a[0]), "seconds of measuring") if single else (len(runs_a), "runs of each"),
     )
 
@@ -128,6 +122,14 @@ def conclude(
         profile=runs_a[0].run.profile,
         started=datetime.now(UTC).isoformat(timespec="seconds"),
     )
+
+
+def _void(name: str, runs: Sequence[SavedRun]) -> list[str]:
+    return [
+        f"{name} ({saved.directory.name}) cannot be used: {reason}"
+        for saved in runs
+        if (reason := unusable(saved))
+    ]
 
 
 def _as_runs(given: SavedRun | Sequence[SavedRun]) -> list[SavedRun]:
