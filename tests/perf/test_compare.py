@@ -24,7 +24,7 @@ from enginesmith_client.perf._comparison import (
 )
 from enginesmith_client.perf._errors import ProfileError, ResultsError
 from enginesmith_client.perf._figures import Figures
-from enginesmith_client.perf._profile import ClosedLoad, MeasurePart, OpenLoad, Profile
+from enginesmith_client.perf._profile import MeasurePart, OpenLoad, Profile
 from enginesmith_client.perf._records import Record
 from enginesmith_client.perf._run_files import Check, SavedRun
 from enginesmith_client.perf._target import Target
@@ -365,8 +365,8 @@ def test_a_slowdown_of_five_percent_is_found() -> None:
 
 
 def test_more_rounds_find_what_fewer_do_not() -> None:
-    few = verdicts(120, slowdown=1.05, spread=0.03, seed=4, rounds=8).count("worse")
-    many = verdicts(120, slowdown=1.05, spread=0.03, seed=4, rounds=40).count("worse")
+    few = verdicts(80, slowdown=1.05, spread=0.03, seed=4, rounds=8).count("worse")
+    many = verdicts(80, slowdown=1.05, spread=0.03, seed=4, rounds=40).count("worse")
     assert few < 0.6 * many
 
 
@@ -542,13 +542,13 @@ def test_one_model_beside_itself_on_a_real_server_is_not_worse(
     tmp_path: Path, perf_server: PerfServer
 ) -> None:
     target = perf_server.target("steady20")
-    two_at_once = CLOSED.model_copy(update={"load": ClosedLoad(concurrency=2)})
-    found = compare_live(target, target, two_at_once, directory=tmp_path, rounds=6, round_s=0.5)
+    # Four in flight are answered two by two: 80 answers a round or so, of which 30 would do.
+    found = compare_live(target, target, CLOSED, directory=tmp_path, rounds=8, round_s=0.5)
     assert not found.void
     assert found.verdict != "worse"
     assert {metric.name for metric in found.metrics if metric.role == "primary"} == {
         "requests_per_s",
         "latency_ms.p50",
     }
-    assert len(found.metrics[0].values_a) + len(found.left_out) == 6
+    assert len(found.metrics[0].values_a) + len(found.left_out) == 8
     assert load_comparison(tmp_path) == found
