@@ -26,7 +26,9 @@ _MARGIN = 0.99
 _STATED_LIMIT = re.compile(r"(?:at most|maximum[a-z ]*(?:is|of)?|exceeds?[a-z ]*) (\d+)", re.IGNORECASE)
 _LIMIT_PARAMETERS = ("max_sequence_length", "max_seq_len", "max_model_len")
 
-_STEPS: list[int] = sorted({max(1, 2**power * eighths // 8) for power in range(21) for eighths in range(8, 16)})
+_STEPS: list[int] = sorted(
+    {max(1, 2**power * eighths // 8) for power in range(21) for eighths in range(8, 16)}
+)
 """Lengths that are tried: an eighth apart at most."""
 
 Ask = Callable[[int], "str | None"]
@@ -97,9 +99,8 @@ class Fitting:
     def _ask(self, tokens: int) -> str | None:
         if self._prompt_error is None:
             return text_error(self._subject, tokens)
-        # Of the answer a part is asked for too: some models count it against the limit, and refuse.
-        answer = min(tokens // 4, _most(self._subject.requests.output_tokens))
-        return self._prompt_error(max(1, tokens - answer), max(1, answer))
+        # The answer has to fit too, so a prompt as long as both is tried.
+        return self._prompt_error(tokens)
 
     def _fewer_texts(self, requests: RequestsPart, notes: list[str]) -> RequestsPart:
         most = max(1, self._subject.metadata.max_batch_size)

@@ -40,7 +40,7 @@ def longest(length: Length) -> int | None:
 
 
 def capped(length: Length, most: int) -> Length:
-    """The same distribution with everything above ``most`` cut to it."""
+    """The same distribution with everything above ``most`` cut to it; a uniform one ends there."""
     if isinstance(length, FixedLength):
         return FixedLength(tokens=min(length.tokens, most))
     if isinstance(length, EmpiricalLength):

@@ -103,7 +103,10 @@ class Subject:
         return Prepared(message.SerializeToString(deterministic=True), streaming=streams, rows=rows)
 
     def first_answer(self, arrays: Arrays, *, outputs: Sequence[str] = ()) -> InferResult | None:
-        """The first response to ``arrays``; the rest of the answer is cancelled. None: there was no response.
+        """The first response to ``arrays``, after the last. None: there was no response.
+
+        The answer is read to its end: to cancel one of the last moment can leave a Python model of tritonserver 2.51
+        without a word for anybody from then on.
 
         Raises:
             RefusedError: the model does not take them.
@@ -118,9 +121,10 @@ class Subject:
         )
         try:
             with asked as answers:
-                return next(answers, None)
+                responses = list(answers)
         except (InvalidInput, ServerError) as error:
             raise RefusedError(error.message, refused=isinstance(error, InvalidInput)) from error
+        return responses[0] if responses else None
 
 
 class RefusedError(Exception):

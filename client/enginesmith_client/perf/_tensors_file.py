@@ -154,12 +154,12 @@ def _from_values(content: Any, datatype: str, shape: tuple[int, ...], where: str
     )
     if wrong is not None:
         raise ProfileError(f"{where}: {wrong!r} is no {datatype}")
-    try:
-        array = np.array(values, np.float64 if dtype.kind == "f" else np.object_).astype(dtype)
-    except OverflowError as error:
-        raise ProfileError(f"{where}: a value is out of range of {datatype}") from error
-    if dtype.kind in "iu" and array.tolist() != values:
-        raise ProfileError(f"{where}: a value is out of range of {datatype}")
+    if dtype.kind in "iu":
+        allowed = np.iinfo(dtype)
+        if any(not allowed.min <= one <= allowed.max for one in values):
+            raise ProfileError(f"{where}: a value is out of range of {datatype}")
+    with np.errstate(over="ignore"):
+        array = np.array(values, dtype)
     return _filled(array, shape, where)
 
 

@@ -20,8 +20,8 @@ from enginesmith_client.perf._prepared import Prepared, TokenCounts
 from enginesmith_client.perf._prompts import ASSUMED, WORDS, fit_from_counts, made_prompts
 from enginesmith_client.perf._prompts_file import read_prompts
 
-_ASKED_WORDS = (24, 96)
-"""Of the prompts that measure how many tokens a word is."""
+_ASKED_WORDS = (1, 128)
+"""Of the prompts that measure how many tokens a word is, and how many every prompt has besides."""
 KEPT_OF_TRACE = 4096
 """Requests of a trace that are kept when they are made."""
 _TOLERANCE = 0.02
@@ -124,9 +124,8 @@ class _Maker:
         }
 
     def arrays(self, wanted: _Wanted, *, whole: bool = True) -> dict[str, Any]:
-        """The inputs of a request; without ``whole`` one that is answered with as little as it can be."""
-        streaming = self.streaming if whole else self.subject.metadata.decoupled
-        tokens = wanted.output_tokens if whole or streaming else 1
+        """The inputs of a request; without ``whole`` of one that asks for a single token."""
+        tokens = wanted.output_tokens if whole else 1
         options = Options(
             max_tokens=tokens if "max_tokens" in self.has else None,
             min_tokens=tokens if "min_tokens" in self.has else None,
@@ -134,7 +133,7 @@ class _Maker:
         )
         try:
             return inputs_from_question(
-                self.subject.metadata, Question(wanted.prompt, options), streaming=streaming
+                self.subject.metadata, Question(wanted.prompt, options), streaming=self.streaming
             )
         except InvalidInput as error:
             raise ProfileError(
@@ -170,10 +169,10 @@ class _Maker:
         )
         return [_Wanted(*one) for one in zip(prompts, prompt_tokens, output_tokens, strict=True)]
 
-    def question(self, prompt_tokens: int, output_tokens: int) -> _Wanted:
+    def question(self, prompt_tokens: int) -> _Wanted:
         """A prompt that the run does not send, so that the server keeps nothing of it that would help the run."""
         rng = np.random.default_rng([self.subject.seed, 3])
-        return self.made([prompt_tokens], [output_tokens], rng=rng, first=len(WORDS) - 1)[0]
+        return self.made([prompt_tokens], [1], rng=rng, first=len(WORDS) - 1)[0]
 
     def calibrate(self) -> None:
         """Ask the model how many tokens words are, if it reports that.
@@ -190,7 +189,7 @@ class _Maker:
             self.fit = fit_from_counts(short, long) or ASSUMED  # type: ignore[arg-type]
 
     def count(self, wanted: _Wanted) -> int | None:
-        """How many tokens the model says that the prompt has; asks it, and lets it answer as little as it can.
+        """How many tokens the model says that the prompt has; asks it for a single token of answer.
 
         Raises:
             RefusedError: the model does not take the prompt.
@@ -214,16 +213,16 @@ def _made(maker: _Maker) -> tuple[list[_Wanted], dict[str, Any]]:
     rng = np.random.default_rng([seed, 0])
     prompt_tokens = sample(requests.prompt_tokens, rng, requests.different)
     output_tokens = sample(requests.output_tokens, rng, requests.different)
-    longest = int(np.argmax([sum(both) for both in zip(prompt_tokens, output_tokens, strict=True)]))
+    longest = int(np.argmax(prompt_tokens))
     try:
         maker.calibrate()
-        question = maker.question(prompt_tokens[longest], output_tokens[longest])
+        question = maker.question(prompt_tokens[longest])
         counted = maker.count(question)
         if counted is not None and maker.fit.measured and _is_off(counted, prompt_tokens[longest]):
             words = len(question.prompt.split())
             maker.fit = replace(maker.fit, per_word=(counted - maker.fit.fixed) / words)
     except RefusedError as error:
-        raise _too_long(maker.subject, error, prompt_tokens[longest], output_tokens[longest]) from error
+        raise _too_long(maker.subject, error, prompt_tokens[longest]) from error
     wanted = maker.made(prompt_tokens, output_tokens)
     described = {
         "prompts": f"made of common English words; {len(wanted)} different ones are gone round in this order, "
@@ -281,34 +280,30 @@ def _from_file(maker: _Maker) -> tuple[list[_Wanted], dict[str, Any]]:
     return wanted, described
 
 
-def _too_long(subject: Subject, error: RefusedError, prompt_tokens: int, output_tokens: int) -> ProfileError:
+def _too_long(subject: Subject, error: RefusedError, prompt_tokens: int) -> ProfileError:
     if not error.refused:
         return ProfileError(
             f"model {subject.target.model!r} failed at its first question, a prompt of about {prompt_tokens} tokens: {error.words}",
             hint="see whether it answers enginesmith_client.Client.generate; the log of the server has the rest",
         )
-    return PromptRefusedError(
-        f"model {subject.target.model!r} refuses a prompt of about {prompt_tokens} tokens with an answer of {output_tokens}: {error.words}",
-        hint="lower requests.prompt_tokens or requests.output_tokens",
+    return ProfileError(
+        f"model {subject.target.model!r} refuses a prompt of about {prompt_tokens} tokens: {error.words}",
+        hint="lower requests.prompt_tokens",
     )
 
 
-class PromptRefusedError(ProfileError):
-    """The longest prompt of the profile is too long for the model, so far as can be seen."""
-
-
-def prompt_errors(subject: Subject) -> Callable[[int, int], str | None]:
-    """Tells what the model says to a prompt of so many tokens with an answer of so many; None: it takes both."""
+def prompt_errors(subject: Subject) -> Callable[[int], str | None]:
+    """Tells what the model says to a prompt of so many tokens; None: it takes it."""
     maker = _Maker(subject, _streaming(subject))
     calibrated = False
 
-    def ask(prompt_tokens: int, output_tokens: int) -> str | None:
+    def ask(prompt_tokens: int) -> str | None:
         nonlocal calibrated
         try:
             if not calibrated:
                 maker.calibrate()
                 calibrated = True
-            maker.count(maker.question(prompt_tokens, output_tokens))
+            maker.count(maker.question(prompt_tokens))
         except RefusedError as error:
             return error.words
         return None
