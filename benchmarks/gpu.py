@@ -4,7 +4,7 @@ Needs Python 3.12 with pip, and the repository around it; nothing else is import
 installed. Takes the wheels into a directory of their own, looks at the GPU and at CUDA's libraries, and has
 ``gpu_measure.py`` measure there. A step that cannot be done says what is missing; the steps that need it are left out, and
 the others are done. Results: summary.json, report.html and results.tar.gz in ``--out`` (default: $OUT, else
-benchmarks/results/gpu). ``--provider cpu`` rehearses all of it in this very environment with the model cpu-int4.
+benchmarks/results/gpu). ``--provider cpu`` rehearses it with the model cpu-int4 in this very environment, or with ``--install`` from the wheels.
 
 Not yet run on a GPU.
 """
@@ -23,7 +23,7 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -109,8 +109,11 @@ def check_kit(kit: Path) -> None:
                 raise MissingError(f"{file}: not the bytes that kit.json names; carry the kit again")
 
 
-def install(kit: Path, site: Path) -> str:
-    """Install the wheels of the kit into ``site`` without network.
+def install(kit: Path, home: Path) -> Path:
+    """A virtual environment in ``home`` with the wheels of the kit and this repository; returns its interpreter.
+
+    tritonserver's Python backend takes its packages from the ``python3`` that is first on ``PATH``, not from
+    ``PYTHONPATH``. pip is that of the running Python: on bare machines a new environment cannot have one of its own.
 
     Raises:
         MissingError: this Python or pip does not take them.
@@ -118,13 +121,22 @@ def install(kit: Path, site: Path) -> str:
     wheels = sorted((kit / "wheels").glob("*.whl"))
     if not wheels:
         raise MissingError(f"{kit}/wheels: no wheels; make gpu-wheels fetches them")
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile"]
-    command += ["--disable-pip-version-check", "--no-cache-dir", "--upgrade", "--target", str(site)]
-    done = subprocess.run([*command, *map(str, wheels)], capture_output=True, text=True, check=False)
+    _call("venv", "--without-pip", str(home))
+    site = home / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
+    options = ["--quiet", "--no-index", "--no-deps", "--no-compile", "--no-cache-dir"]
+    options += ["--disable-pip-version-check", "--upgrade", "--target", str(site)]
+    _call("pip", "install", *options, *map(str, wheels))
+    (site / "repository.pth").write_text(f"{ROOT / 'builder'}\n{ROOT / 'client'}\n", encoding="utf-8")
+    return home / "bin" / "python3"
+
+
+def _call(module: str, *arguments: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", module, *arguments], capture_output=True, text=True, check=False
+    )
     if done.returncode != 0:
         python = ".".join(map(str, sys.version_info[:2]))
-        raise MissingError(f"pip install (Python {python}) failed: {done.stderr.strip()[-2000:]}")
-    return f"{len(wheels)} wheels"
+        raise MissingError(f"{module} of Python {python} failed: {done.stderr.strip()[-2000:]}")
 
 
 def gpu() -> dict[str, str]:
@@ -151,13 +163,14 @@ def gpu() -> dict[str, str]:
     return found
 
 
-def library_directories(site: Path) -> list[Path]:
-    """Where CUDA's libraries are among the Python packages: NVIDIA's wheels put them into ``nvidia/*/lib``."""
+def library_directories(home: Path) -> list[Path]:
+    """Where CUDA's libraries are among the Python packages, those installed here and those of the running Python.
+
+    NVIDIA's wheels put them into ``nvidia/*/lib``.
+    """
     found: list[Path] = []
-    for root in [site, *map(Path, sys.path)]:
-        for directory in sorted({*root.glob("nvidia/*/lib"), *root.glob("nvidia/*/lib64")}):
-            if directory not in found:
-                found.append(directory)
+    for root in [*home.glob("lib/python*/site-packages"), *map(Path, sys.path)]:
+        found += [directory for directory in sorted(root.glob("nvidia/*/lib")) if directory not in found]
     return found
 
 
@@ -181,13 +194,12 @@ def require_libraries(directories: Sequence[Path]) -> str:
     return ", ".join(LIBRARIES)
 
 
-def environment(site: Path, directories: Sequence[Path]) -> dict[str, str]:
-    """The environment in which the installed packages and this repository are found."""
+def environment(directories: Sequence[Path]) -> dict[str, str]:
+    """The environment in which the runtime finds CUDA's libraries."""
     found = dict(os.environ)
-    paths = [site, ROOT / "builder", ROOT / "client"]
-    found["PYTHONPATH"] = os.pathsep.join([*map(str, paths), *filter(None, [found.get("PYTHONPATH")])])
     libraries = [*map(str, directories), *filter(None, [found.get("LD_LIBRARY_PATH")])]
-    found["LD_LIBRARY_PATH"] = os.pathsep.join(libraries)
+    if libraries:
+        found["LD_LIBRARY_PATH"] = os.pathsep.join(libraries)
     return found
 
 
@@ -199,6 +211,7 @@ class Session:
         self._work = work
         self._budget = Budget(time.monotonic() + given.budget_s)
         self._environment: Mapping[str, str] = dict(os.environ)
+        self._python = Path(sys.executable)
         self.done: list[Done] = []
         self.found: dict[str, Any] = {}
 
@@ -209,7 +222,7 @@ class Session:
             self._step("join", lambda: join(self._given.parts, kit))
         elif not self._step("kit", lambda: check_kit(kit)):
             return
-        if self._given.provider == "cuda" and not self._prepare_gpu(kit):
+        if not self._prepare(kit):
             return
         for model in self._given.model:
             if (kit / "models" / model).is_dir():
@@ -217,13 +230,17 @@ class Session:
             else:
                 self._note(f"{model}: model", "not in the kit", ok=False)
 
-    def _prepare_gpu(self, kit: Path) -> bool:
-        site = self._work / "site"
-        ready = self._step("gpu", lambda: self.found.update(gpu=gpu()))
-        ready = self._step("install", lambda: install(kit, site)) and ready
-        directories = library_directories(site)
-        ready = self._step("cuda", lambda: require_libraries(directories)) and ready
-        self._environment = environment(site, directories)
+    def _prepare(self, kit: Path) -> bool:
+        """The GPU, the packages and CUDA's libraries; all three are looked at, so that one run tells all that is missing."""
+        home, on_gpu, ready = self._work / "venv", self._given.provider == "cuda", True
+        if on_gpu:
+            ready = self._step("gpu", lambda: self.found.update(gpu=gpu()))
+        if on_gpu or self._given.install:
+            ready = self._step("install", lambda: setattr(self, "_python", install(kit, home))) and ready
+        if on_gpu:
+            directories = library_directories(home)
+            ready = self._step("cuda", lambda: require_libraries(directories)) and ready
+            self._environment = environment(directories)
         return ready
 
     def _measure(self, kit: Path, model: str) -> None:
@@ -248,24 +265,31 @@ class Session:
         )
 
     def _bench(self, name: str, arguments: Sequence[str]) -> None:
-        """Exit status 1 is a measurement too: one that missed its SLO or may not be believed, which its report says."""
-        directory = Path(arguments[-1])
-        self._command(name, arguments, allowed=(0, 1))
-        if directory.is_dir() and not any(directory.glob("report.html")):
-            self._command(f"{name} report", ["-m", "enginesmith.cli", "bench-report", str(directory)])
+        """Exit status 1 with a report is a measurement: one that missed its SLO or may not be believed, as it says."""
+        report = Path(arguments[-1]) / "report.html"
+        self._command(
+            name, arguments, allowed=lambda status: status == 0 or (status == 1 and report.is_file())
+        )
 
-    def _step(self, name: str, work: Any) -> bool:
+    def _step(self, name: str, work: Callable[[], object]) -> bool:
         begun_s = time.monotonic()
         try:
             note = work()
+            assert note is None or isinstance(note, str)
         except (MissingError, OSError, subprocess.SubprocessError) as error:
             self._note(name, str(error), ok=False, begun_s=begun_s)
             return False
         self._note(name, note or "", ok=True, begun_s=begun_s)
         return True
 
-    def _command(self, name: str, arguments: Sequence[str], *, allowed: Sequence[int] = (0,)) -> bool:
-        command = [sys.executable, *arguments]
+    def _command(
+        self,
+        name: str,
+        arguments: Sequence[str],
+        *,
+        allowed: Callable[[int], bool] = lambda status: status == 0,
+    ) -> bool:
+        command = [str(self._python), *arguments]
         begun_s, log = (
             time.monotonic(),
             self._work / "results" / f"{name.replace(': ', '-').replace(' ', '-')}.log",
@@ -279,7 +303,7 @@ class Session:
                 note = f"status {status}"
             except subprocess.TimeoutExpired:
                 status, note = -1, "ended: the time for all steps was over"
-        ok = status in allowed
+        ok = allowed(status)
         tail = "" if ok else "\n" + "\n".join(log.read_text(encoding="utf-8").splitlines()[-20:])
         self._note(name, note + tail, ok=ok, begun_s=begun_s, command=" ".join(map(str, arguments)))
         return ok
@@ -328,6 +352,9 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path(default_out), metavar="DIR")
     parser.add_argument("--model", nargs="*", help="[default: int4 fp16; cpu-int4 with --provider cpu]")
     parser.add_argument("--provider", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument(
+        "--install", action="store_true", help="with --provider cpu: from the kit's wheels, too"
+    )
     parser.add_argument("--quick", action="store_true", help="short; not for the record")
     parser.add_argument("--budget-s", type=float, default=540, help="for all steps together")
     given = parser.parse_args()

@@ -7,6 +7,8 @@ of stdout is what goes to ``--out``.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib.metadata
 import json
 import queue
 import sys
@@ -100,10 +102,23 @@ def run(given: argparse.Namespace) -> int:
         given.repository, given.name, model=given.model, checkpoint=given.tokenizer, limits=given.limits
     )
     load = load_average()
-    found = measure(given) | {"machine": machine(), "versions": versions(), "load_average_before": load}
+    found = measure(given) | {
+        "machine": machine(),
+        "versions": versions() | _runtimes(),
+        "load_average_before": load,
+    }
     given.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(found))
     return 0
+
+
+def _runtimes() -> dict[str, str]:
+    """The distributions that generate; which of them are there depends on the machine."""
+    found = {}
+    for name in ("onnxruntime-gpu", "onnxruntime-genai-cuda", "onnxruntime-genai"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def main() -> int:
