@@ -125,6 +125,8 @@ def run_tables(run: Run) -> Iterator[Table | str]:
         yield "VOID: the figures below say nothing about the server"
     yield f"{run.title}: {run.model} version {run.model_version}, requests sent by {run.generator}"
     yield f"measured: {run.window.note or run.ended_because}"
+    if run.command:
+        yield f"command: {run.command}"
     figures = Table(show_header=False)
     for row in _figure_rows(run.figures):
         figures.add_row(*row)
