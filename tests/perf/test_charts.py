@@ -270,6 +270,13 @@ def test_a_limit_far_from_the_values_does_not_squeeze_them() -> None:
     assert plot.marks[-1].label == "SLO 5.00 s, far to the right"
 
 
+def test_a_timeline_of_few_requests_has_few_parts(tmp_path: Any) -> None:
+    saved = good_run(tmp_path)
+    throughput = timeline_plots(saved.run, saved.records()[::10], [])[0]
+    assert isinstance(throughput, Lines)
+    assert 4 < len(throughput.series[0].x) < 12
+
+
 def test_a_stall_is_seen_in_the_timeline(tmp_path: Any) -> None:
     saved = good_run(tmp_path)
     records = [

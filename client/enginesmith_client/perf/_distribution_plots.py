@@ -21,7 +21,8 @@ from enginesmith_client.perf._run_files import Run
 
 Values = NDArray[np.float64]
 
-_BINS = 40
+_MOST_BINS = 40
+_FEWEST_BINS = 8
 _CDF_POINTS = 120
 _LOG_FROM = 8.0
 """Histograms of values that lie further apart than this factor have a logarithmic axis."""
@@ -96,7 +97,8 @@ def histogram(title: str, values: Values, *, limit_ms: float | None, limit_of: s
     log = low > 0 and high / low > _LOG_FROM
     if low == high:
         low, high = low * 0.95, high * 1.05 or 1.0
-    edges = np.geomspace(low, high, _BINS + 1) if log else np.linspace(low, high, _BINS + 1)
+    bins = min(max(_FEWEST_BINS, round(2 * math.sqrt(values.size))), _MOST_BINS)
+    edges = np.geomspace(low, high, bins + 1) if log else np.linspace(low, high, bins + 1)
     edges[-1] = np.nextafter(edges[-1], np.inf)
     edges[0] = min(edges[0], low)
     counts, _ = np.histogram(values, edges)

@@ -66,7 +66,8 @@ def tiles_of(run: Run) -> tuple[Tile, ...]:
         ("TPOT", figures.tpot_ms),
     ):
         if times is not None:
-            tiles.append(Tile(f"{name}, p50", quantity(times.p50, "ms"), f"p99 {quantity(times.p99, 'ms')}"))
+            note = f"p99 {quantity(times.p99, 'ms')}" if times.p99 is not None else "too few for a p99"
+            tiles.append(Tile(f"{name}, p50", quantity(times.p50, "ms"), note))
     if figures.good_per_s is not None:
         note = (
             f"{quantity(figures.good_percent, 'percent')} of requests"

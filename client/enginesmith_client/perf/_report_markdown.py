@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from html import escape
 
 from enginesmith_client.perf._plots import Tone
+from enginesmith_client.perf._quantities import NOTHING
 from enginesmith_client.perf._report_model import Code, Report, Section, Statement, Table
 
 _SIGNS: Mapping[Tone, str] = {
@@ -66,7 +67,7 @@ def _row(cells: Iterable[str]) -> str:
 
 
 def _cell(cell: str, crossed: bool) -> str:
-    return f"~~{_text(cell)}~~" if crossed and cell else _text(cell)
+    return f"~~{_text(cell)}~~" if crossed and cell not in ("", NOTHING) else _text(cell)
 
 
 def _code(code: Code) -> Iterable[str]:

@@ -17,6 +17,8 @@ from enginesmith_client.perf._samples import Sample
 
 _WIDTHS_S = (1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0)
 _MOST_BINS = 150
+_FEWEST_BINS = 8
+_RECORDS_PER_BIN = 5
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,9 @@ def _clock(records: Sequence[Record]) -> _Clock:
     start_s = min(0.0, min(record.due_ns for record in records) / 1e9)
     end_s = max(record.ended_ns for record in records) / 1e9
     long_s = max(end_s - start_s, 1e-3)
-    width_s = next((width for width in _WIDTHS_S if long_s / width <= _MOST_BINS), long_s / _MOST_BINS)
+    # Parts that hold a request or two would show nothing but chance.
+    bins = min(_MOST_BINS, max(_FEWEST_BINS, len(records) // _RECORDS_PER_BIN))
+    width_s = next((width for width in _WIDTHS_S if long_s / width <= bins), long_s / bins)
     return _Clock(start_s, start_s + long_s, min(width_s, long_s))
 
 
