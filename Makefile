@@ -6,10 +6,11 @@ SPECS ?= models/smollm2-135m.yaml models/minilm-l6.yaml
 REPOSITORY ?= model_repository
 TOOLCHAIN ?= 26.07
 CONTAINER ?= docker
+GPU_KIT ?= build/gpu-kit
 STAMP := $(VENV)/.setup-stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo engines serve bench benchmarks test check image browser clean
+.PHONY: help setup demo engines serve bench benchmarks gpu-wheels bench-gpu test check image browser clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -40,6 +41,12 @@ benchmarks: setup ## run the benchmarks whose results are committed in benchmark
 
 browser: ## Chromium, in which the tests open reports: kept if one is there, else installed by apt-get as root
 	@sh tests/perf/browser.sh
+
+gpu-wheels: setup ## wheels and models for bench-gpu, into GPU_KIT; needs a package registry, no GPU
+	$(BIN)/python benchmarks/gpu_kit.py --kit $(GPU_KIT)
+
+bench-gpu: ## the standard profile through onnxruntime-genai CUDA, from GPU_KIT; needs a GPU, no network (docs/bench-gpu.md)
+	$(PYTHON) benchmarks/gpu.py --kit $(GPU_KIT)
 
 test: setup browser ## run every test
 	$(BIN)/python -m pytest
