@@ -85,7 +85,10 @@ def join(parts: Path, kit: Path) -> None:
                 archive.extractall(kit, filter="data")
         except tarfile.TarError as error:
             raise MissingError(f"{parts}: {len(pieces)} parts are no whole kit ({error})") from error
-    check_kit(kit)
+    try:
+        check_kit(kit)
+    except MissingError as error:
+        raise MissingError(f"{parts}: {len(pieces)} parts are no whole kit ({error})") from error
 
 
 def check_kit(kit: Path) -> None:
