@@ -23,7 +23,7 @@ from checkpoint_factory import VOCAB_SIZE, tiny_checkpoint
 from llm_engines import random_prompt
 from llm_served import serving_llm, stream_to
 
-from enginesmith.errors import SourceError
+from enginesmith.errors import ServerError, SourceError
 from enginesmith.triton.genai import GenaiLimits, export_model, write_package
 from enginesmith.triton.models.llm_genai.llm_genai import GenaiEngine
 from enginesmith.triton.models.llm_onnxruntime.llm_batching import Job, RefusedError, Update
@@ -406,3 +406,15 @@ def test_tritonserver_serves_it_like_any_other_llm(endless: Path, exported: Path
         refused = stream.ask("tiny", [b"The sea"], return_log_probs=True)
         assert refused.error.startswith("[INVALID_ARG]")
         assert "return_log_probs" in refused.error
+
+
+@pytest.mark.server
+def test_an_engine_of_another_name_is_refused_at_load(endless: Path, exported: Path, tmp_path: Path) -> None:
+    model = write_package(tmp_path, "tiny", model=endless, checkpoint=exported / "checkpoint", limits=LIMITS)
+    serving = model / "1" / "serving.json"
+    serving.write_text(json.dumps(json.loads(serving.read_text()) | {"engine": "other"}))
+    with (
+        pytest.raises(ServerError, match="engine is 'other'; allowed: onnxruntime, genai"),
+        serving_llm(tmp_path),
+    ):
+        pytest.fail("it was loaded")
