@@ -32,6 +32,10 @@ _LARGEST_SEED = 2**64 - 1
 _STEPS_WITHOUT_TOKENS = 10_000
 """A prompt in pieces gives no token for some steps; nothing gives none for so many."""
 
+_TOKEN, _TURN_FINISHED = int(genai.EngineEventFlags.TOKEN), int(genai.EngineEventFlags.TURN_FINISHED)
+_BLOCKED = int(genai.EngineEventFlags.CAPACITY_BLOCKED) | int(genai.EngineEventFlags.RETRYABLE)
+"""Nothing was done, and nothing is lost: another step will try again."""
+
 
 class GenaiError(RuntimeError):
     """onnxruntime-genai could not go on with a sequence."""
@@ -55,8 +59,10 @@ class GenaiBatch:
         ends = self.configuration["model"]["eos_token_id"]
         self.end_ids = frozenset(ends if isinstance(ends, list) else [ends])
         self.running: list[Generation] = []
-        self._turns: dict[int, tuple[Any, Generation]] = {}
-        """By the identity of their generations: the requests that onnxruntime-genai holds for them."""
+        self._requests: dict[int, Any] = {}
+        """What onnxruntime-genai holds for the running sequences, by the identity of these."""
+        self._sequences: dict[int, Generation] = {}
+        """The running sequences by the identity of their requests: events name the very object that was created."""
         self._idle_steps = 0
         self._engine: Any = None
         self._broken: GenaiError | None = None
@@ -122,7 +128,8 @@ class GenaiBatch:
         except RuntimeError as error:
             request.close()
             raise ValueError(f"onnxruntime-genai refuses the request: {error}") from error
-        self._turns[id(sequence)] = (request, sequence)
+        self._requests[id(sequence)] = request
+        self._sequences[id(request)] = sequence
         self.running.append(sequence)
 
     def prefill(self, max_tokens: int) -> int:
@@ -144,11 +151,11 @@ class GenaiBatch:
         except RuntimeError as error:
             self._broken = GenaiError(f"onnxruntime-genai cannot go on; load the model again: {error}")
             raise self._broken from error
-        self._idle_steps = 0 if len(events) else self._idle_steps + 1
-        if self._idle_steps > _STEPS_WITHOUT_TOKENS:
-            raise GenaiError(f"onnxruntime-genai gave no token in {self._idle_steps} steps")
+        self._idle_steps += 1
         for event in events:
             self._take(event)
+        if self._idle_steps > _STEPS_WITHOUT_TOKENS:
+            raise GenaiError(f"onnxruntime-genai gave no token in {self._idle_steps} steps")
 
     def retire(self) -> list[Generation]:
         """Remove and return the finished sequences; onnxruntime-genai forgets them."""
@@ -156,33 +163,31 @@ class GenaiBatch:
         if finished:
             self.running = [sequence for sequence in self.running if sequence.finish_reason is None]
         for sequence in finished:
-            request, _ = self._turns.pop(id(sequence))
+            request = self._requests.pop(id(sequence))
+            del self._sequences[id(request)]
             request.close()
         return finished
 
     def clear(self) -> None:
         """Forget every running sequence."""
-        for request, _ in self._turns.values():
+        for request in self._requests.values():
             request.close()
-        self._turns.clear()
+        self._requests.clear()
+        self._sequences.clear()
         self.running.clear()
 
     def _take(self, event: Any) -> None:
         flags = int(event.flags)
-        if flags & int(genai.EngineEventFlags.CAPACITY_BLOCKED | genai.EngineEventFlags.RETRYABLE):
-            self._idle_steps += 1
+        if flags & _BLOCKED:
             return
-        sequence = self._sequence_of(event)
-        if flags & int(genai.EngineEventFlags.TOKEN):
+        self._idle_steps = 0
+        sequence = self._sequences.get(id(event.request))
+        if sequence is None:
+            raise GenaiError(f"onnxruntime-genai failed: {event.error_code.name}")
+        if flags & _TOKEN:
             self._accept(sequence, event.token)
-        if flags & int(genai.EngineEventFlags.TURN_FINISHED):
+        if flags & _TURN_FINISHED:
             self._finish(sequence, event)
-
-    def _sequence_of(self, event: Any) -> Generation:
-        for request, sequence in self._turns.values():
-            if event.request is request:
-                return sequence
-        raise GenaiError(f"onnxruntime-genai failed: {event.error_code.name}")
 
     def _accept(self, sequence: Generation, token: int) -> None:
         if (
