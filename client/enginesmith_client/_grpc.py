@@ -21,6 +21,7 @@ from enginesmith_client._errors import Call, error_from_status
 from enginesmith_client._flow import run
 from enginesmith_client._grpc_messages import (
     COMPRESSIONS,
+    ENDING_TIMEOUT_S,
     RPCS,
     channel_credentials,
     channel_options,
@@ -87,6 +88,7 @@ class _Wire:
             [service_pb2_grpc.GRPCInferenceServiceStub(channel) for channel in self._channels]
         )
         self._metadata = tuple(settings.headers.items()) or None
+        self._endings = Endings()
 
     def perform(self, operation: Operation, deadline: Deadline) -> Any:
         rpc = RPCS[type(operation)]
@@ -115,9 +117,10 @@ class _Wire:
         except ValueError as error:
             self._stubs.give_back(number)
             raise error_from_status("cancelled", str(error), call=call) from error
-        return GrpcReplyStream(answers, call, lambda: self._stubs.give_back(number))
+        return GrpcReplyStream(answers, call, self._endings, on_end=lambda: self._stubs.give_back(number))
 
     def close(self) -> None:
+        self._endings.wait(timeout_s=ENDING_TIMEOUT_S)
         for channel in self._channels:
             channel.close()
 
@@ -129,9 +132,10 @@ class _Wire:
 class GrpcReplyStream:
     """The answers to one request."""
 
-    def __init__(self, answers: Any, call: Call, on_end: Callable[[], None]) -> None:
+    def __init__(self, answers: Any, call: Call, endings: Endings, *, on_end: Callable[[], None]) -> None:
         self._answers = answers
         self._call = call
+        self._endings = endings
         self._on_end = on_end
         self._ended = threading.Lock()
         """Held from the end on: whoever gets it ends the stream."""
@@ -151,8 +155,9 @@ class GrpcReplyStream:
         except BaseException:
             self.close()
             raise
-        if is_final(answer.infer_response):
-            self.close()
+        if is_final(answer.infer_response) and self._ended.acquire(blocking=False):
+            self._endings.add(self._answers)
+            self._on_end()
         return reply
 
     def close(self) -> None:
@@ -160,3 +165,31 @@ class GrpcReplyStream:
         if self._ended.acquire(blocking=False):
             self._answers.cancel()
             self._on_end()
+
+
+class Endings:
+    """Streams of which all is read but the status, which the server sends right after.
+
+    They are not cancelled: tritonserver 2.51 then often never finishes unloading the model.
+    """
+
+    def __init__(self) -> None:
+        self._calls: set[Any] = set()
+        self._changed = threading.Condition()
+
+    def add(self, answers: Any) -> None:
+        """Keep ``answers`` until its status is there: grpcio cancels a call that nobody holds any more."""
+        with self._changed:
+            self._calls.add(answers)
+        if not answers.add_callback(lambda: self._remove(answers)):
+            self._remove(answers)
+
+    def wait(self, *, timeout_s: float) -> None:
+        """Return when all have ended, or the time is over."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._calls, timeout_s)
+
+    def _remove(self, answers: Any) -> None:
+        with self._changed:
+            self._calls.discard(answers)
+            self._changed.notify_all()

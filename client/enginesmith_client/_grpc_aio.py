@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from enginesmith_client._event_loop import OwnLoop
 from enginesmith_client._flow_aio import run_async
 from enginesmith_client._grpc_messages import (
     COMPRESSIONS,
+    ENDING_TIMEOUT_S,
     RPCS,
     channel_credentials,
     channel_options,
@@ -76,6 +78,7 @@ class _Wire:
         self._metadata = tuple(settings.headers.items()) or None
         self._channels: list[Any] = []
         self._stubs: LeastBusy[Any] | None = None
+        self._endings = Endings()
 
     async def perform(self, operation: Operation, deadline: Deadline) -> Any:
         rpc = RPCS[type(operation)]
@@ -110,9 +113,10 @@ class _Wire:
         except grpc.aio.UsageError as error:
             stubs.give_back(number)
             raise error_from_status("cancelled", str(error), call=call) from error
-        return AsyncGrpcReplyStream(answers, call, lambda: stubs.give_back(number))
+        return AsyncGrpcReplyStream(answers, call, self._endings, on_end=lambda: stubs.give_back(number))
 
     async def close(self) -> None:
+        await self._endings.wait(timeout_s=ENDING_TIMEOUT_S)
         for channel in self._channels:
             await channel.close()
 
@@ -141,9 +145,10 @@ class _Wire:
 class AsyncGrpcReplyStream:
     """The answers to one request."""
 
-    def __init__(self, answers: Any, call: Call, on_end: Callable[[], None]) -> None:
+    def __init__(self, answers: Any, call: Call, endings: Endings, *, on_end: Callable[[], None]) -> None:
         self._answers = answers
         self._call = call
+        self._endings = endings
         self._on_end = on_end
         self._ended = False
 
@@ -162,8 +167,10 @@ class AsyncGrpcReplyStream:
         except BaseException:
             await self.close()
             raise
-        if is_final(answer.infer_response):
-            await self.close()
+        if is_final(answer.infer_response) and not self._ended:
+            self._ended = True
+            self._endings.add(self._answers)
+            self._on_end()
         return reply
 
     async def close(self) -> None:
@@ -172,3 +179,21 @@ class AsyncGrpcReplyStream:
             self._ended = True
             self._answers.cancel()
             self._on_end()
+
+
+class Endings:
+    """As that of the transport for threads."""
+
+    def __init__(self) -> None:
+        self._statuses: set[asyncio.Future[Any]] = set()
+
+    def add(self, answers: Any) -> None:
+        """Keep ``answers`` until its status is there."""
+        status = asyncio.ensure_future(answers.code())
+        self._statuses.add(status)
+        status.add_done_callback(self._statuses.discard)
+
+    async def wait(self, *, timeout_s: float) -> None:
+        """Return when all have ended, or the time is over."""
+        if self._statuses:
+            await asyncio.wait(set(self._statuses), timeout=timeout_s)

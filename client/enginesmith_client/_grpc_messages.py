@@ -58,6 +58,8 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.keepalive_timeout_ms", 20_000),
 )
 _MAX_MESSAGE_BYTES = 2**31 - 1
+ENDING_TIMEOUT_S = 1.0
+"""How long closing a connection waits for the statuses of streams that are complete but for these."""
 # tritonserver sends an error in a stream as a text without a status. (With the metadata triton_grpc_error it sends one,
 # but 2.51 then ends with SIGSEGV or SIGABRT when an error and a client's cancellation cross.) So the models that
 # enginesmith builds begin the text with the name of the status, which _errors reads; others are known by their words.
