@@ -25,11 +25,11 @@ from releases import Project, add_project_options, project_from, published_relea
 
 from enginesmith.errors import OperatorError
 from enginesmith.triton.server import TritonServer
-from enginesmith_client.perf._perf_analyzer import find_perf_analyzer
 from enginesmith_client.perf._profile import Profile
 from enginesmith_client.perf._run import run_profile
 from enginesmith_client.perf._run_files import Run
 from enginesmith_client.perf._target import Target
+from enginesmith_client.perf.perf_analyzer._measure import find_perf_analyzer
 
 Generator: TypeAlias = Literal["enginesmith", "perf_analyzer"]
 GENERATORS: tuple[Generator, ...] = ("enginesmith", "perf_analyzer")

@@ -22,10 +22,10 @@ from typing import Any
 from figures import Bar, Outcome, print_table, run_benchmark, say, spread_of
 
 from enginesmith.triton.server import TritonServer
-from enginesmith_client.perf._compare_live import compare_live
-from enginesmith_client.perf._comparison import CompareOptions, Comparison
 from enginesmith_client.perf._profile import Profile
 from enginesmith_client.perf._target import Target
+from enginesmith_client.perf.compare._comparison import CompareOptions, Comparison
+from enginesmith_client.perf.compare._live import compare_live
 
 SERVICE_MS = 5.0
 SLOWDOWN = 1.05

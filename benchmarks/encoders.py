@@ -39,7 +39,7 @@ from enginesmith.store import Artifact, ArtifactStore
 from enginesmith.triton.config import parse_config
 from enginesmith.triton.models.graph_onnxruntime.graph_runtime import GraphRuntime
 from enginesmith.triton.server import TritonServer
-from enginesmith_client.perf._perf_analyzer import (
+from enginesmith_client.perf.perf_analyzer._measure import (
     PerfAnalyzer,
     Question,
     find_perf_analyzer,

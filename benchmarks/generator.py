@@ -28,14 +28,14 @@ import tritonclient.grpc.aio
 from figures import Bar, Outcome, Spread, bar_of_spread, print_table, run_benchmark, say, spread_of
 
 from enginesmith.triton.server import TritonServer
-from enginesmith_client.perf._arrivals import due_times
-from enginesmith_client.perf._loops import Loop, run_load
-from enginesmith_client.perf._prepared import Due, Prepared
 from enginesmith_client.perf._profile import MeasurePart, OpenLoad, Profile
 from enginesmith_client.perf._progress import ignore_progress
 from enginesmith_client.perf._records import RecordWriter, read_records
 from enginesmith_client.perf._target import Target
-from enginesmith_client.perf._wire import Wire
+from enginesmith_client.perf.load._arrivals import due_times
+from enginesmith_client.perf.load._loops import Loop, run_load
+from enginesmith_client.perf.load._prepared import Due, Prepared
+from enginesmith_client.perf.load._wire import Wire
 
 MAX_LAG_MS = {1500: 2.0, 3000: 5.0}
 """99th percentile of the send-lag, by requests per second."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from enginesmith_client.perf import _machine
+from enginesmith_client.perf.observe import _machine
 
 _DISTRIBUTIONS = (
     "enginesmith",

@@ -36,7 +36,7 @@ from enginesmith.triton.models.llm_onnxruntime.llm_runtime import Runtime, Sampl
 from enginesmith.triton.models.llm_onnxruntime.llm_text import Text
 from enginesmith.triton.server import TritonServer
 from enginesmith_client import Client
-from enginesmith_client.perf._perf_analyzer import (
+from enginesmith_client.perf.perf_analyzer._measure import (
     PerfAnalyzer,
     Question,
     find_perf_analyzer,

@@ -51,9 +51,9 @@ def plan_run(profile: Profile, *, directory: Path, parquet: bool, compare_to: Pa
 def _compared(outcome: Outcome, before: SavedRun, after: SavedRun) -> Outcome:
     """``outcome`` joined by what a comparison with an earlier run says."""
     from enginesmith.cli_compare import comparison_tables, comparison_words
-    from enginesmith_client.perf._compare import compare_saved
-    from enginesmith_client.perf._comparison import EXIT_CODES
     from enginesmith_client.perf._errors import ResultsError
+    from enginesmith_client.perf.compare._comparison import EXIT_CODES
+    from enginesmith_client.perf.compare._saved import compare_saved
 
     try:
         comparison = compare_saved(before, after)
@@ -75,8 +75,8 @@ def plan_sweep(text: str, profile: Profile, *, directory: Path) -> Plan:
         ProfileError: ``text`` names no loads.
     """
     from enginesmith.cli_bench_many import sweep_status, sweep_tables
-    from enginesmith_client.perf._ladder import ladder_from_text
-    from enginesmith_client.perf._sweep import sweep
+    from enginesmith_client.perf.many._ladder import ladder_from_text
+    from enginesmith_client.perf.many._sweep import sweep
 
     ladder = ladder_from_text(text)
 
@@ -94,7 +94,7 @@ def plan_suite(name: str, flags: LoadFlags, *, only: tuple[str, ...], directory:
         ProfileError: there is no such suite or scenario.
     """
     from enginesmith.cli_bench_many import suite_runs, suite_tables
-    from enginesmith_client.perf._suite import load_suite, run_suite
+    from enginesmith_client.perf.many._suite import load_suite, run_suite
 
     suite = load_suite(name)
 

@@ -26,8 +26,8 @@ from enginesmith.errors import OperatorError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from enginesmith_client.perf._comparison import Comparison, MetricComparison
     from enginesmith_client.perf._run_files import SavedRun
+    from enginesmith_client.perf.compare._comparison import Comparison, MetricComparison
 
 _RUN_FILE = "run.json"
 
@@ -175,8 +175,8 @@ def _cells(metric: MetricComparison) -> tuple[str, ...]:
 
 
 def _compare_saved(request: CompareRequest, a: Path, b: Path, *, flags: ServerFlags) -> Comparison:
-    from enginesmith_client.perf._compare import compare_saved
-    from enginesmith_client.perf._comparison import CompareOptions, save_comparison
+    from enginesmith_client.perf.compare._comparison import CompareOptions, save_comparison
+    from enginesmith_client.perf.compare._saved import compare_saved
 
     live_only = {
         "--rounds": request.rounds,
@@ -209,9 +209,9 @@ def _saved_runs(directory: Path) -> SavedRun | Sequence[SavedRun]:
 
 
 def _compare_live(request: CompareRequest, flags: ServerFlags) -> Comparison:
-    from enginesmith_client.perf._compare_live import DEFAULT_ROUNDS, compare_live
-    from enginesmith_client.perf._comparison import CompareOptions
     from enginesmith_client.perf._live import live_display
+    from enginesmith_client.perf.compare._comparison import CompareOptions
+    from enginesmith_client.perf.compare._live import DEFAULT_ROUNDS, compare_live
 
     if request.force:
         raise click.UsageError("--force is about saved runs; A and B are models here")

@@ -207,7 +207,7 @@ def _disk(store_root: Path) -> Finding:
 def _perf_analyzer() -> Finding:
     """One that is there; none is downloaded for a diagnosis."""
     from enginesmith_client.perf._errors import ToolError
-    from enginesmith_client.perf._perf_analyzer_tool import candidates
+    from enginesmith_client.perf.perf_analyzer._tool import candidates
 
     refusals = []
     try:

@@ -3,7 +3,6 @@
 import asyncio
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from served_models import MODELS

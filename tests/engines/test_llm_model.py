@@ -18,7 +18,7 @@ from llm_served import PATIENCE_S, SERVING, Stream, place_model, serving_llm, st
 
 from enginesmith.triton.models.llm_onnxruntime.llm_text import Text
 from enginesmith.triton.server import TritonServer
-from enginesmith_client.perf._scrape import parse_metrics
+from enginesmith_client.perf.observe._scrape import parse_metrics
 
 pytestmark = pytest.mark.server
 

@@ -7,13 +7,13 @@ from typing import Any
 
 from perf_models import tensor_request
 
-from enginesmith_client.perf._loops import Loop, run_load
-from enginesmith_client.perf._prepared import Due, Prepared
 from enginesmith_client.perf._profile import Profile
 from enginesmith_client.perf._progress import OnProgress, ignore_progress
 from enginesmith_client.perf._records import Record
 from enginesmith_client.perf._target import Target
-from enginesmith_client.perf._wire import Wire
+from enginesmith_client.perf.load._loops import Loop, run_load
+from enginesmith_client.perf.load._prepared import Due, Prepared
+from enginesmith_client.perf.load._wire import Wire
 
 
 @dataclass(frozen=True)

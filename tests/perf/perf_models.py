@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 from tritonclient.grpc import service_pb2
 
-from enginesmith_client.perf._prepared import Prepared, TokenCounts
 from enginesmith_client.perf._target import Target
+from enginesmith_client.perf.load._prepared import Prepared, TokenCounts
 
 MODELS = Path(__file__).parent / "models"
 LOADED = ("tiny", "steady20", "stalling", "tokens")

@@ -10,10 +10,7 @@ from typing import Any
 import numpy as np
 import recorded_runs
 
-from enginesmith_client.perf._compare_live import compare_live
 from enginesmith_client.perf._figures import Figures, ServerFigures
-from enginesmith_client.perf._ladder import Ladder
-from enginesmith_client.perf._metrics import figures_of, slo_verdicts
 from enginesmith_client.perf._profile import Profile
 from enginesmith_client.perf._records import Record, RecordWriter
 from enginesmith_client.perf._run_files import (
@@ -27,12 +24,15 @@ from enginesmith_client.perf._run_files import (
     save_run,
     write_document,
 )
-from enginesmith_client.perf._samples import Sample, SampleWriter
-from enginesmith_client.perf._suite import FORMAT as SUITE_FORMAT
-from enginesmith_client.perf._suite import SUITE_FILE, SuiteEntry, SuiteResult
-from enginesmith_client.perf._suite import VERSION as SUITE_VERSION
-from enginesmith_client.perf._sweep import sweep
 from enginesmith_client.perf._target import Target
+from enginesmith_client.perf.compare._live import compare_live
+from enginesmith_client.perf.judge._metrics import figures_of, slo_verdicts
+from enginesmith_client.perf.many._ladder import Ladder
+from enginesmith_client.perf.many._suite import FORMAT as SUITE_FORMAT
+from enginesmith_client.perf.many._suite import SUITE_FILE, SuiteEntry, SuiteResult
+from enginesmith_client.perf.many._suite import VERSION as SUITE_VERSION
+from enginesmith_client.perf.many._sweep import sweep
+from enginesmith_client.perf.observe._samples import Sample, SampleWriter
 
 HOSTILE = (
     "<script>document.title='owned'</script><img src=x onerror=alert(1)> | `a` [b](http://x.invalid) \"'&"

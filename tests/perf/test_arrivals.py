@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from enginesmith_client.perf._arrivals import due_times, read_trace
 from enginesmith_client.perf._errors import ProfileError
-from enginesmith_client.perf._prepared import Due
 from enginesmith_client.perf._profile import OpenLoad
+from enginesmith_client.perf.load._arrivals import due_times, read_trace
+from enginesmith_client.perf.load._prepared import Due
 
 NS = 1_000_000_000
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from enginesmith_client.perf._bootstrap import (
+from enginesmith_client.perf.compare._bootstrap import (
     SLICES,
     BlockRatio,
     PairedRatio,

@@ -12,23 +12,23 @@ import pytest
 from perf_models import PerfServer
 from recorded_runs import CLOSED, RecordedRuns, example_in, figures, saved_run, stream_figures, void_check
 
-from enginesmith_client.perf._bootstrap import PairedRatio
-from enginesmith_client.perf._compare import compare_saved
-from enginesmith_client.perf._compare_live import compare_live, random_order
-from enginesmith_client.perf._comparison import (
-    COMPARISON_FILE,
-    CompareOptions,
-    Comparison,
-    load_comparison,
-    save_comparison,
-)
 from enginesmith_client.perf._errors import ProfileError, ResultsError
 from enginesmith_client.perf._figures import Figures
 from enginesmith_client.perf._profile import MeasurePart, OpenLoad, Profile
 from enginesmith_client.perf._records import Record
 from enginesmith_client.perf._run_files import Check, SavedRun
 from enginesmith_client.perf._target import Target
-from enginesmith_client.perf._verdicts import Values, judged, metrics_of, overall, rounds_hint
+from enginesmith_client.perf.compare._bootstrap import PairedRatio
+from enginesmith_client.perf.compare._comparison import (
+    COMPARISON_FILE,
+    CompareOptions,
+    Comparison,
+    load_comparison,
+    save_comparison,
+)
+from enginesmith_client.perf.compare._live import compare_live, random_order
+from enginesmith_client.perf.compare._saved import compare_saved
+from enginesmith_client.perf.compare._verdicts import Values, judged, metrics_of, overall, rounds_hint
 
 A, B = Target("a"), Target("b")
 QUICK = CompareOptions(resamples=2000)

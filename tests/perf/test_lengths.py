@@ -6,7 +6,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from enginesmith_client.perf._lengths import capped, longest, sample
 from enginesmith_client.perf._profile import (
     EmpiricalLength,
     FixedLength,
@@ -15,6 +14,7 @@ from enginesmith_client.perf._profile import (
     NormalLength,
     UniformLength,
 )
+from enginesmith_client.perf.workload._lengths import capped, longest, sample
 
 _TOKENS = st.integers(1, 5000)
 _BOUNDS = st.tuples(_TOKENS, _TOKENS).map(sorted)

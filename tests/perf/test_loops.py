@@ -19,13 +19,13 @@ from perf_models import PerfServer, tensor_request, text_request
 from enginesmith.triton.server import TritonServer
 from enginesmith_client import InvalidInput
 from enginesmith_client.perf._errors import ProfileError
-from enginesmith_client.perf._loops import Loop
-from enginesmith_client.perf._prepared import Prepared, TokenCounts
 from enginesmith_client.perf._profile import Profile
 from enginesmith_client.perf._progress import Progress
 from enginesmith_client.perf._records import Record, read_records
 from enginesmith_client.perf._target import Target
-from enginesmith_client.perf._wire import Wire
+from enginesmith_client.perf.load._loops import Loop
+from enginesmith_client.perf.load._prepared import Prepared, TokenCounts
+from enginesmith_client.perf.load._wire import Wire
 
 pytestmark = pytest.mark.server
 NS = 1_000_000_000

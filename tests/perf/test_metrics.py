@@ -9,7 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from enginesmith_client.perf._figures import Figures
-from enginesmith_client.perf._metrics import (
+from enginesmith_client.perf._profile import PricePart, Profile, SloPart
+from enginesmith_client.perf._records import Record
+from enginesmith_client.perf._run_files import Window
+from enginesmith_client.perf.judge._metrics import (
     NEEDED,
     figures_of,
     is_good,
@@ -18,10 +21,7 @@ from enginesmith_client.perf._metrics import (
     slo_verdicts,
     tpot_ns,
 )
-from enginesmith_client.perf._profile import PricePart, Profile, SloPart
-from enginesmith_client.perf._records import Record
-from enginesmith_client.perf._run_files import Window
-from enginesmith_client.perf._samples import ModelCounts, Sample
+from enginesmith_client.perf.observe._samples import ModelCounts, Sample
 
 MS = 1_000_000
 

@@ -20,11 +20,11 @@ from perf_models import MODELS, PerfServer
 from enginesmith.triton.server import TritonServer
 from enginesmith_client import Client
 from enginesmith_client.perf._errors import ResultsError
-from enginesmith_client.perf._machine import machine, versions
-from enginesmith_client.perf._observer import Observer
-from enginesmith_client.perf._samples import Sample, SampleWriter, around, read_samples
-from enginesmith_client.perf._scrape import parse_metrics
 from enginesmith_client.perf._target import Target
+from enginesmith_client.perf.observe._machine import machine, versions
+from enginesmith_client.perf.observe._observer import Observer
+from enginesmith_client.perf.observe._samples import Sample, SampleWriter, around, read_samples
+from enginesmith_client.perf.observe._scrape import parse_metrics
 
 PATIENCE_S = 20
 ENSEMBLE = """

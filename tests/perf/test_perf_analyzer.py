@@ -17,8 +17,13 @@ from tritonclient.grpc import service_pb2
 from enginesmith.triton.server import TritonServer
 from enginesmith_client._errors import ConnectError, ModelNotReady
 from enginesmith_client.perf._errors import MeasurementError, ProfileError, ToolError
-from enginesmith_client.perf._payload import Workload
-from enginesmith_client.perf._perf_analyzer import (
+from enginesmith_client.perf._profile import Profile
+from enginesmith_client.perf._progress import Progress
+from enginesmith_client.perf._records import Record
+from enginesmith_client.perf._run import recompute, run_profile
+from enginesmith_client.perf.load._prepared import Prepared, TokenCounts
+from enginesmith_client.perf.perf_analyzer._files import input_data_from_requests, read_export
+from enginesmith_client.perf.perf_analyzer._measure import (
     PerfAnalyzerRun,
     Question,
     find_perf_analyzer,
@@ -26,13 +31,8 @@ from enginesmith_client.perf._perf_analyzer import (
     measure_with_perf_analyzer,
     run_perf_analyzer,
 )
-from enginesmith_client.perf._perf_analyzer_files import input_data_from_requests, read_export
-from enginesmith_client.perf._perf_analyzer_tool import VARIABLE, is_untried
-from enginesmith_client.perf._prepared import Prepared, TokenCounts
-from enginesmith_client.perf._profile import Profile
-from enginesmith_client.perf._progress import Progress
-from enginesmith_client.perf._records import Record
-from enginesmith_client.perf._run import recompute, run_profile
+from enginesmith_client.perf.perf_analyzer._tool import VARIABLE, is_untried
+from enginesmith_client.perf.workload._payload import Workload
 
 ROWS = [{"in": [1.0, 2.0, 3.0, 4.0]}, {"in": [5.0, 6.0, 7.0, 8.0]}]
 

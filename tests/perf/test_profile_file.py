@@ -11,7 +11,7 @@ import yaml
 from enginesmith_client.perf._errors import ProfileError
 from enginesmith_client.perf._profile import ClosedLoad, OpenLoad, Profile, TraceArrivals
 from enginesmith_client.perf._profile_file import profile_from_file, profile_from_mapping, profile_schema
-from enginesmith_client.perf._suite import BUILT_IN
+from enginesmith_client.perf.many._suite import BUILT_IN
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "bench-profile.md"

@@ -16,10 +16,10 @@ import yaml
 
 from enginesmith_client.perf._errors import ResultsError
 from enginesmith_client.perf._profile import Profile
-from enginesmith_client.perf._report import as_json, html, markdown, report_of
-from enginesmith_client.perf._report_figures import SLO_NAMES
-from enginesmith_client.perf._report_run import profile_text
 from enginesmith_client.perf._run_files import RECORDS_FILE, RUN_FILE, SAMPLES_FILE
+from enginesmith_client.perf.report._figures import SLO_NAMES
+from enginesmith_client.perf.report._report import as_json, html, markdown, report_of
+from enginesmith_client.perf.report._run import profile_text
 
 Case = Callable[[Path], object]
 CASES: dict[str, Case] = {

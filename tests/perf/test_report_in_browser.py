@@ -20,7 +20,7 @@ import pytest
 import report_cases
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from enginesmith_client.perf._report import html
+from enginesmith_client.perf.report._report import html
 
 Scheme = Literal["light", "dark"]
 Decode = Callable[[bytes], dict[str, Any]]

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from enginesmith_client.perf._loops import Loop
-from enginesmith_client.perf._metrics import figures_of
 from enginesmith_client.perf._profile import Profile
 from enginesmith_client.perf._records import Record
 from enginesmith_client.perf._run_files import Check, Window
-from enginesmith_client.perf._samples import ModelCounts, Sample
-from enginesmith_client.perf._selfcheck import RULES, checks_of
+from enginesmith_client.perf.judge._metrics import figures_of
+from enginesmith_client.perf.judge._selfcheck import RULES, checks_of
+from enginesmith_client.perf.load._loops import Loop
+from enginesmith_client.perf.observe._samples import ModelCounts, Sample
 
 MS = 1_000_000
 S = 1000 * MS

@@ -7,8 +7,8 @@ import pytest
 from loads import closed, constant, loaded, profile
 from perf_models import PerfServer
 
-from enginesmith_client.perf._loops import Loop
 from enginesmith_client.perf._records import Record
+from enginesmith_client.perf.load._loops import Loop
 
 pytestmark = pytest.mark.server
 SECONDS = 30.0

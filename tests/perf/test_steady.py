@@ -7,7 +7,7 @@ import pytest
 from enginesmith_client.perf._profile import MeasurePart
 from enginesmith_client.perf._records import Record
 from enginesmith_client.perf._run_files import Window
-from enginesmith_client.perf._steady import window_of
+from enginesmith_client.perf.load._steady import window_of
 
 NS = 1_000_000_000
 MS = 1_000_000

@@ -12,16 +12,16 @@ from perf_models import PerfServer
 
 from enginesmith_client import Client
 from enginesmith_client.perf._errors import MeasurementError, ProfileError, ResultsError
-from enginesmith_client.perf._fitting import Fitting, longest_accepted
 from enginesmith_client.perf._profile import FixedLength, Profile, RequestsPart, UniformLength
-from enginesmith_client.perf._suite import (
+from enginesmith_client.perf._target import Target
+from enginesmith_client.perf.many._fitting import Fitting, longest_accepted
+from enginesmith_client.perf.many._suite import (
     SuiteResult,
     load_suite,
     load_suite_result,
     run_suite,
 )
-from enginesmith_client.perf._target import Target
-from enginesmith_client.perf._workload import kind_of, make_workload, subject_of
+from enginesmith_client.perf.workload._workload import kind_of, make_workload, subject_of
 
 PAGE = Path(__file__).parents[2] / "docs" / "bench-scenarios.md"
 QUICK = "{window_s: 0.3, windows: 1, max_s: 0.3, warmup_s: 0, drain_s: 5}"

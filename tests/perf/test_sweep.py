@@ -11,8 +11,6 @@ from recorded_runs import CLOSED, RecordedRuns, example_in, figures, load_of, vo
 
 from enginesmith_client.perf._errors import MeasurementError, ProfileError, ResultsError
 from enginesmith_client.perf._figures import Figures
-from enginesmith_client.perf._knee import LoadPoint, knee_of
-from enginesmith_client.perf._ladder import Ladder, ladder_from_text
 from enginesmith_client.perf._profile import (
     ClosedLoad,
     MeasurePart,
@@ -22,8 +20,10 @@ from enginesmith_client.perf._profile import (
     TraceArrivals,
 )
 from enginesmith_client.perf._run_files import SloVerdict
-from enginesmith_client.perf._sweep import SWEEP_FILE, Sweep, load_sweep, sweep
 from enginesmith_client.perf._target import Target
+from enginesmith_client.perf.many._knee import LoadPoint, knee_of
+from enginesmith_client.perf.many._ladder import Ladder, ladder_from_text
+from enginesmith_client.perf.many._sweep import SWEEP_FILE, Sweep, load_sweep, sweep
 
 TARGET = Target("m")
 SERVICE_MS = 10.0

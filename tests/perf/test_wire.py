@@ -11,10 +11,10 @@ from loads import closed, load, profile
 from perf_models import PerfServer, tensor_request
 from tritonclient.grpc import service_pb2
 
-from enginesmith_client.perf._prepared import Prepared, TokenCounts
 from enginesmith_client.perf._target import Target
-from enginesmith_client.perf._timer import Timer
-from enginesmith_client.perf._wire import Answer, Wire
+from enginesmith_client.perf.load._prepared import Prepared, TokenCounts
+from enginesmith_client.perf.load._timer import Timer
+from enginesmith_client.perf.load._wire import Answer, Wire
 
 MS = 1_000_000
 

@@ -1,4 +1,4 @@
-"""The figures of a run, as values. ``_metrics`` computes them; reports, sweeps and comparisons read them.
+"""The figures of a run, as values. ``judge._metrics`` computes them; reports, sweeps and comparisons read them.
 
 Times in milliseconds. None means that it was not measured, or that there were too few samples to say.
 """

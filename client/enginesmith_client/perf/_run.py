@@ -19,15 +19,8 @@ from typing import Any, Literal, TypeAlias
 
 from enginesmith_client._client import Client
 from enginesmith_client._errors import TritonClientError
-from enginesmith_client.perf._arrivals import due_times
 from enginesmith_client.perf._errors import MeasurementError, ResultsError
 from enginesmith_client.perf._figures import Figures
-from enginesmith_client.perf._loops import Loop, run_load
-from enginesmith_client.perf._machine import machine, versions
-from enginesmith_client.perf._metrics import figures_of, slo_verdicts
-from enginesmith_client.perf._observer import Observer
-from enginesmith_client.perf._perf_analyzer import measure_with_perf_analyzer
-from enginesmith_client.perf._prepared import Due
 from enginesmith_client.perf._profile import ClosedLoad, OpenLoad, Profile, TraceArrivals
 from enginesmith_client.perf._progress import OnProgress, Progress, ignore_progress
 from enginesmith_client.perf._records import Record, RecordWriter, read_records
@@ -41,11 +34,18 @@ from enginesmith_client.perf._run_files import (
     load_run,
     save_run,
 )
-from enginesmith_client.perf._samples import Sample, read_samples
-from enginesmith_client.perf._selfcheck import checks_of
 from enginesmith_client.perf._target import Target
-from enginesmith_client.perf._wire import Wire
-from enginesmith_client.perf._workload import Workload, make_workload
+from enginesmith_client.perf.judge._metrics import figures_of, slo_verdicts
+from enginesmith_client.perf.judge._selfcheck import checks_of
+from enginesmith_client.perf.load._arrivals import due_times
+from enginesmith_client.perf.load._loops import Loop, run_load
+from enginesmith_client.perf.load._prepared import Due
+from enginesmith_client.perf.load._wire import Wire
+from enginesmith_client.perf.observe._machine import machine, versions
+from enginesmith_client.perf.observe._observer import Observer
+from enginesmith_client.perf.observe._samples import Sample, read_samples
+from enginesmith_client.perf.perf_analyzer._measure import measure_with_perf_analyzer
+from enginesmith_client.perf.workload._workload import Workload, make_workload
 
 Status: TypeAlias = Literal["complete", "partial"]
 CAPACITY_DIRECTORY = "capacity"

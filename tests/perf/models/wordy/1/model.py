@@ -18,7 +18,9 @@ def _answer(arrived):
     count = 3 + len(arrived["text_input"]) // 3
     if count + arrived.get("max_tokens", 1) > LIMIT:
         words = f"the prompt has {count} tokens; with the answer this is too long"
-        return pb_utils.InferenceResponse([], error=pb_utils.TritonError(words, pb_utils.TritonError.INVALID_ARG))
+        return pb_utils.InferenceResponse(
+            [], error=pb_utils.TritonError(words, pb_utils.TritonError.INVALID_ARG)
+        )
     text = f"{arrived.get('min_tokens', 0)} to {arrived.get('max_tokens', 'any')}"
     return pb_utils.InferenceResponse(
         [

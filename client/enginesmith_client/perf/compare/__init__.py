@@ -1,0 +1,1 @@
+"""Two models, versions or saved runs: intervals, and a verdict."""

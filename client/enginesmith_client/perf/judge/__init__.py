@@ -1,0 +1,1 @@
+"""From records and samples to figures, and whether they may be believed."""

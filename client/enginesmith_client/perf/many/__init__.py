@@ -1,0 +1,1 @@
+"""Sweeps over load and suites of scenarios: many runs, resumable."""

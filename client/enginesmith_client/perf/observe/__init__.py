@@ -1,0 +1,1 @@
+"""Looks at the server and the machine while load runs."""

@@ -1,0 +1,1 @@
+"""The picture: one page of HTML, Markdown or JSON from what was saved."""

@@ -1,0 +1,1 @@
+"""What is sent: the requests of a profile, made for whatever model there is."""

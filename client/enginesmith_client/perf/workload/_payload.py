@@ -1,0 +1,168 @@
+"""The requests of a run as bytes: encodes arrays as the client does, and asks the model whether it takes them.
+
+What ``_text``, ``_embed`` and ``_tensors`` share. A request carries what ``Client`` sends,
+down to the parameter ``timeout``, which lets the server drop what nobody waits for any more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeAlias
+
+from enginesmith_client._client import Client
+from enginesmith_client._codec import Array
+from enginesmith_client._deadline import Deadline
+from enginesmith_client._errors import InvalidInput, ServerError
+from enginesmith_client._grpc_messages import message_from_request, stream_message_from_request
+from enginesmith_client._messages import InferResult, ModelMetadata
+from enginesmith_client._requests import NO_ENVELOPE, request_from_arrays
+from enginesmith_client.perf._errors import ProfileError
+from enginesmith_client.perf._profile import RequestsPart
+from enginesmith_client.perf._target import Target
+from enginesmith_client.perf.load._prepared import Due, Prepared, TokenCounts
+
+Kind: TypeAlias = Literal["text", "embed", "tensors"]
+Arrays: TypeAlias = Mapping[str, Array]
+Row: TypeAlias = Mapping[str, Sequence["str | int | float | bool"]]
+_UNWRITABLE = frozenset({"FP16", "BF16"})
+"""perf_analyzer reads no numbers of these from JSON."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The requests of a run, gone round in their order."""
+
+    kind: Kind
+    streaming: bool
+    """Whether answers come in pieces."""
+    counts: TokenCounts
+    requests: tuple[Prepared, ...] = field(repr=False)
+    described: Mapping[str, Any]
+    """What was made, for ``Run.workload``. Plain JSON values."""
+    for_lengths: Callable[[int, Due], Prepared] | None = field(default=None, repr=False, compare=False)
+    """The request with this number and the lengths of a trace; None: lengths mean nothing to this model."""
+    rows: Callable[[], Sequence[Row] | None] = field(default=lambda: None, repr=False, compare=False)
+
+    def request(self, number: int, due: Due | None = None) -> Prepared:
+        """The one with this number; of the lengths that ``due`` has, if any."""
+        if due is not None and (due.prompt_tokens is not None or due.output_tokens is not None):
+            return self._by_number(number) if self.for_lengths is None else self.for_lengths(number, due)
+        return self._by_number(number)
+
+    def _by_number(self, number: int) -> Prepared:
+        return self.requests[number % len(self.requests)]
+
+    @property
+    def perf_analyzer_rows(self) -> Sequence[Row] | None:
+        """Every row of every request: values of each input in row-major order, without the batch dimension.
+
+        None where perf_analyzer's JSON cannot carry them. Made when it is asked for.
+        """
+        return self.rows()
+
+    @property
+    def perf_analyzer_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The shape of each input in a row."""
+        return {name: tuple(shape) for name, shape in self.described.get("row_shapes", {}).items()}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model that is measured, and what the profile says of its requests."""
+
+    client: Client
+    target: Target
+    metadata: ModelMetadata
+    requests: RequestsPart
+    seed: int
+    timeout_s: float
+
+    def prepared(self, arrays: Arrays, *, outputs: Sequence[str] = (), classes: int = 0) -> Prepared:
+        """The request that carries ``arrays``. No ``outputs``: all.
+
+        Raises:
+            ProfileError: the model does not take them.
+        """
+        try:
+            request = request_from_arrays(
+                self.metadata,
+                arrays,
+                outputs=outputs,
+                version=self.target.version,
+                envelope=NO_ENVELOPE,
+                deadline=Deadline.after(self.timeout_s),
+                classes=classes,
+            )
+        except InvalidInput as error:
+            raise ProfileError(error.message, hint=error.hint) from error
+        request = replace(request, parameters={"timeout": int(self.timeout_s * 1e6)})
+        streams = self.metadata.decoupled
+        message = stream_message_from_request(request) if streams else message_from_request(request)
+        rows = next(iter(arrays.values())).shape[0] if self.metadata.max_batch_size else 1
+        return Prepared(message.SerializeToString(deterministic=True), streaming=streams, rows=rows)
+
+    def first_answer(self, arrays: Arrays, *, outputs: Sequence[str] = ()) -> InferResult | None:
+        """The first response to ``arrays``, after the last. None: there was no response.
+
+        The answer is read to its end: to cancel one of the last moment can leave a Python model of tritonserver 2.51
+        without a word for anybody from then on.
+
+        Raises:
+            RefusedError: the model does not take them.
+            TritonClientError: anything else that keeps it from answering.
+        """
+        asked = self.client.infer_stream(
+            self.target.model,
+            arrays,
+            outputs=outputs or None,
+            version=self.target.version,
+            timeout_s=self.timeout_s,
+        )
+        try:
+            with asked as answers:
+                responses = list(answers)
+        except (InvalidInput, ServerError) as error:
+            raise RefusedError(error.message, refused=isinstance(error, InvalidInput)) from error
+        return responses[0] if responses else None
+
+
+class RefusedError(Exception):
+    """The model refused a question (``refused``), or failed at it. Becomes a ProfileError that names a key."""
+
+    def __init__(self, words: str, *, refused: bool) -> None:
+        super().__init__(words)
+        self.words = words
+        self.refused = refused
+
+
+def row_shapes(subject: Subject, arrays: Arrays) -> dict[str, list[int]]:
+    """The shape of every input without the batch dimension."""
+    skipped = 1 if subject.metadata.max_batch_size else 0
+    return {name: list(array.shape[skipped:]) for name, array in arrays.items()}
+
+
+def rows_of(subject: Subject, requests: Sequence[Arrays]) -> list[Row] | None:
+    """The rows of ``requests`` for perf_analyzer, or None where its JSON cannot carry them."""
+    datatypes = {tensor.name: tensor.datatype for tensor in subject.metadata.inputs}
+    shapes = {tuple(map(str, row_shapes(subject, arrays).items())) for arrays in requests}
+    if len(shapes) != 1 or any(datatypes[name] in _UNWRITABLE for name in requests[0]):
+        return None
+    try:
+        return [
+            row for arrays in requests for row in _rows(arrays, batched=subject.metadata.max_batch_size > 0)
+        ]
+    except UnicodeDecodeError:
+        return None
+
+
+def _rows(arrays: Arrays, *, batched: bool) -> list[Row]:
+    count = len(next(iter(arrays.values()))) if batched else 1
+    return [
+        {name: _values(array[number] if batched else array) for name, array in arrays.items()}
+        for number in range(count)
+    ]
+
+
+def _values(array: Array) -> list[str | int | float | bool]:
+    return [one.decode() if isinstance(one, bytes) else one for one in array.reshape(-1).tolist()]
