@@ -7,7 +7,7 @@ import pytest
 from enginesmith_client.perf._profile import MeasurePart
 from enginesmith_client.perf._records import Record
 from enginesmith_client.perf._run_files import Window
-from enginesmith_client.perf.load._steady import window_of
+from enginesmith_client.perf.load._steady import Windows
 
 NS = 1_000_000_000
 MS = 1_000_000
@@ -27,9 +27,24 @@ def closed_records(per_s: Sequence[int], latency_ms: Sequence[float] | float = 1
     ]
 
 
-def steady(records: Sequence[Record], seconds: float, *, closed: bool = True, **measure: float) -> Window:
+def steady(
+    records: Sequence[Record],
+    seconds: float,
+    *,
+    closed: bool = True,
+    start_ns: int = 0,
+    **measure: float,
+) -> Window:
+    """What is measured of records that end after so many seconds."""
     part = MeasurePart.model_validate({"window_s": 1, "windows": 3, "max_s": 100} | measure)
-    return window_of(records, part, closed=closed, end_ns=round(seconds * NS))
+    windows = Windows(start_ns, part, closed=closed)
+    for record in records:
+        if not closed:
+            windows.was_due(record.due_ns)
+        if record.ok:
+            windows.answered(record.ended_ns, latency_ns=record.latency_ns)
+    end_ns = round(seconds * NS)
+    return windows.agreed(end_ns) or windows.whole(end_ns, why="the records end here")
 
 
 def test_the_first_windows_that_agree_are_measured() -> None:
@@ -88,10 +103,7 @@ def test_a_measurement_too_short_for_its_windows_is_judged_by_its_parts() -> Non
 
 
 def test_windows_begin_where_the_measurement_does() -> None:
-    part = MeasurePart(window_s=1, windows=2, max_s=10)
-    window = window_of(
-        closed_records([500, 500, 100, 100]), part, closed=True, start_ns=2 * NS, end_ns=4 * NS
-    )
+    window = steady(closed_records([500, 500, 100, 100]), 4, start_ns=2 * NS, windows=2, max_s=10)
     assert (window.start_ns, window.end_ns, window.steady) == (2 * NS, 4 * NS, True)
 
 

@@ -10,6 +10,7 @@ import pytest
 from asked_models import load_models, recorder
 from perf_models import PerfServer
 from tritonclient.grpc import InferenceServerClient, service_pb2
+from tritonclient.utils import deserialize_bytes_tensor
 
 from enginesmith_client import Client, ModelNotReady
 from enginesmith_client.perf._errors import ProfileError
@@ -52,6 +53,11 @@ def prompt_of(request: Prepared) -> str:
     return sent(request)["text_input"][4:].decode()
 
 
+def texts_in(data: bytes) -> list[str]:
+    """The elements of a BYTES tensor."""
+    return [text.decode() for text in deserialize_bytes_tensor(data)]
+
+
 def number_of(data: bytes) -> int:
     return int.from_bytes(data, "little")
 
@@ -76,8 +82,7 @@ def test_a_batch_of_texts_is_what_the_client_sends(client: Client) -> None:
     with recorder(client.url.removeprefix("grpc://")) as (url, seen), Client(url) as recorded:
         workload = made(recorded, "sentences-text", texts=3, prompt_tokens=FixedLength(tokens=4))
         seen.clear()
-        texts = [row["TEXT"][0] for row in (workload.perf_analyzer_rows or ())[3:6]]
-        recorded.embed("sentences-text", [str(text) for text in texts])
+        recorded.embed("sentences-text", texts_in(sent(workload.requests[1])["TEXT"]))
     assert_same(workload.requests[1], seen)
     assert (workload.kind, workload.requests[1].rows, workload.requests[1].streaming) == ("embed", 3, False)
 
@@ -269,18 +274,16 @@ def test_tensors_of_every_datatype_are_made_and_taken(client: Client) -> None:
     }
     assert echoed == sent(workload.requests[1])
     assert len({one.message for one in workload.requests}) == 4
-    assert workload.perf_analyzer_rows is None, "perf_analyzer reads no FP16 and BF16"
 
 
-def test_rows_for_perf_analyzer_hold_what_is_sent(client: Client) -> None:
+def test_made_tensors_are_small_integers_and_words(client: Client) -> None:
     workload = made(client, "echo", shapes={"in_INT32": (2,), "in_STRING": (1,)}, rows=2, different=3)
-    rows = workload.perf_analyzer_rows
-    assert rows is not None
-    assert len(rows) == 6
-    assert workload.perf_analyzer_shapes == {"in_INT32": (2,), "in_STRING": (1,)}
-    values = np.frombuffer(sent(workload.requests[1])["in_INT32"], "<i4")
-    assert [*rows[2]["in_INT32"], *rows[3]["in_INT32"]] == values.tolist()
-    assert all(word in WORDS for row in rows for word in row["in_STRING"])
+    assert workload.described["shapes"] == {"in_INT32": [2, 2], "in_STRING": [2, 1]}
+    for request in workload.requests:
+        values = np.frombuffer(sent(request)["in_INT32"], "<i4")
+        assert len(values) == 4
+        assert all(0 <= value < 100 for value in values)
+        assert all(word in WORDS for word in texts_in(sent(request)["in_STRING"]))
 
 
 def test_pairs_of_texts_are_sent_to_a_model_that_takes_pairs(client: Client) -> None:

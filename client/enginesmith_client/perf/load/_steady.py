@@ -16,7 +16,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from enginesmith_client.perf._profile import MeasurePart
-from enginesmith_client.perf._records import Record
 from enginesmith_client.perf._run_files import Window
 
 _NS = 1_000_000_000
@@ -152,20 +151,6 @@ class Windows:
             f"(allowed: {measure.stability_percent:g}%)"
         )
         return Window(start_ns, end_ns, True, note)
-
-
-def window_of(
-    records: Iterable[Record], measure: MeasurePart, *, closed: bool, start_ns: int = 0, end_ns: int
-) -> Window:
-    """What of finished records should be measured: the first windows after ``start_ns`` that agree, or else all."""
-    windows = Windows(start_ns, measure, closed=closed)
-    for record in records:
-        if not closed:
-            windows.was_due(record.due_ns)
-        if record.ok:
-            windows.answered(record.ended_ns, latency_ns=record.latency_ns)
-    found = windows.agreed(end_ns)
-    return found or windows.whole(end_ns, why="the records end here")
 
 
 def _part(events: Iterable[_Events], *, start_ns: int | None = None, end_ns: int | None = None) -> _Part:

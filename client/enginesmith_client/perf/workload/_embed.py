@@ -10,16 +10,9 @@ import numpy as np
 from enginesmith_client._messages import ModelMetadata, TensorMetadata
 from enginesmith_client._texts import CLASSES, EMBEDDING, SCORE, TEXT, TEXT_PAIR, inputs_from_texts
 from enginesmith_client.perf._errors import ProfileError
-from enginesmith_client.perf.load._prepared import Prepared, TokenCounts
+from enginesmith_client.perf.load._prepared import TokenCounts
 from enginesmith_client.perf.workload._lengths import sample
-from enginesmith_client.perf.workload._payload import (
-    Arrays,
-    RefusedError,
-    Subject,
-    Workload,
-    row_shapes,
-    rows_of,
-)
+from enginesmith_client.perf.workload._payload import Arrays, RefusedError, Subject, Workload
 from enginesmith_client.perf.workload._prompts import ASSUMED, made_prompts
 from enginesmith_client.perf.workload._prompts_file import read_prompts
 
@@ -54,21 +47,23 @@ def embed_workload(subject: Subject) -> Workload:
     outputs, classes = _outputs(metadata)
     _ask_longest(subject, batches, texts, outputs)
     requests = tuple(
-        replace(subject.prepared(arrays, outputs=outputs, classes=classes), prompt_tokens=tokens)
+        replace(
+            subject.prepared(arrays, outputs=outputs, classes=classes),
+            rows=subject.requests.texts,
+            prompt_tokens=tokens,
+        )
         for arrays, tokens in zip(batches, texts.tokens, strict=True)
     )
     return Workload(
         kind="embed",
         streaming=metadata.decoupled,
         counts=TokenCounts(),
-        requests=_with_texts(requests, subject.requests.texts),
+        requests=requests,
         described={
             "texts": texts.words,
             "different": len(requests),
             "texts_in_a_request": subject.requests.texts,
-            "row_shapes": row_shapes(subject, batches[0]),
         },
-        rows=lambda: rows_of(subject, batches),
     )
 
 
@@ -155,10 +150,6 @@ def text_error(subject: Subject, tokens: int) -> str | None:
     except RefusedError as error:
         return error.words
     return None
-
-
-def _with_texts(requests: tuple[Prepared, ...], texts: int) -> tuple[Prepared, ...]:
-    return tuple(replace(one, rows=texts) for one in requests)
 
 
 def _holds_a_text(tensor: TensorMetadata, *, batched: bool) -> bool:

@@ -1,7 +1,7 @@
 """The requests of a run as bytes: encodes arrays as the client does, and asks the model whether it takes them.
 
-What ``_text``, ``_embed`` and ``_tensors`` share. A request carries what ``Client`` sends,
-down to the parameter ``timeout``, which lets the server drop what nobody waits for any more.
+What ``_text``, ``_embed`` and ``_tensors`` share. A request carries what ``Client`` sends, down to the parameter
+``timeout``, which lets the server drop what nobody waits for any more.
 """
 
 from __future__ import annotations
@@ -24,9 +24,6 @@ from enginesmith_client.perf.load._prepared import Due, Prepared, TokenCounts
 
 Kind: TypeAlias = Literal["text", "embed", "tensors"]
 Arrays: TypeAlias = Mapping[str, Array]
-Row: TypeAlias = Mapping[str, Sequence["str | int | float | bool"]]
-_UNWRITABLE = frozenset({"FP16", "BF16"})
-"""perf_analyzer reads no numbers of these from JSON."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +39,6 @@ class Workload:
     """What was made, for ``Run.workload``. Plain JSON values."""
     for_lengths: Callable[[int, Due], Prepared] | None = field(default=None, repr=False, compare=False)
     """The request with this number and the lengths of a trace; None: lengths mean nothing to this model."""
-    rows: Callable[[], Sequence[Row] | None] = field(default=lambda: None, repr=False, compare=False)
 
     def request(self, number: int, due: Due | None = None) -> Prepared:
         """The one with this number; of the lengths that ``due`` has, if any."""
@@ -52,19 +48,6 @@ class Workload:
 
     def _by_number(self, number: int) -> Prepared:
         return self.requests[number % len(self.requests)]
-
-    @property
-    def perf_analyzer_rows(self) -> Sequence[Row] | None:
-        """Every row of every request: values of each input in row-major order, without the batch dimension.
-
-        None where perf_analyzer's JSON cannot carry them. Made when it is asked for.
-        """
-        return self.rows()
-
-    @property
-    def perf_analyzer_shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """The shape of each input in a row."""
-        return {name: tuple(shape) for name, shape in self.described.get("row_shapes", {}).items()}
 
 
 @dataclass(frozen=True)
@@ -134,35 +117,3 @@ class RefusedError(Exception):
         super().__init__(words)
         self.words = words
         self.refused = refused
-
-
-def row_shapes(subject: Subject, arrays: Arrays) -> dict[str, list[int]]:
-    """The shape of every input without the batch dimension."""
-    skipped = 1 if subject.metadata.max_batch_size else 0
-    return {name: list(array.shape[skipped:]) for name, array in arrays.items()}
-
-
-def rows_of(subject: Subject, requests: Sequence[Arrays]) -> list[Row] | None:
-    """The rows of ``requests`` for perf_analyzer, or None where its JSON cannot carry them."""
-    datatypes = {tensor.name: tensor.datatype for tensor in subject.metadata.inputs}
-    shapes = {tuple(map(str, row_shapes(subject, arrays).items())) for arrays in requests}
-    if len(shapes) != 1 or any(datatypes[name] in _UNWRITABLE for name in requests[0]):
-        return None
-    try:
-        return [
-            row for arrays in requests for row in _rows(arrays, batched=subject.metadata.max_batch_size > 0)
-        ]
-    except UnicodeDecodeError:
-        return None
-
-
-def _rows(arrays: Arrays, *, batched: bool) -> list[Row]:
-    count = len(next(iter(arrays.values()))) if batched else 1
-    return [
-        {name: _values(array[number] if batched else array) for name, array in arrays.items()}
-        for number in range(count)
-    ]
-
-
-def _values(array: Array) -> list[str | int | float | bool]:
-    return [one.decode() if isinstance(one, bytes) else one for one in array.reshape(-1).tolist()]

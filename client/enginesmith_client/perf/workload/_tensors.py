@@ -13,14 +13,7 @@ from enginesmith_client._codec import NUMPY_TYPES, Array
 from enginesmith_client._messages import TensorMetadata
 from enginesmith_client.perf._errors import ProfileError
 from enginesmith_client.perf.load._prepared import TokenCounts
-from enginesmith_client.perf.workload._payload import (
-    Arrays,
-    RefusedError,
-    Subject,
-    Workload,
-    row_shapes,
-    rows_of,
-)
+from enginesmith_client.perf.workload._payload import Arrays, RefusedError, Subject, Workload
 from enginesmith_client.perf.workload._prompts import WORDS
 from enginesmith_client.perf.workload._tensors_file import read_tensors
 
@@ -49,9 +42,8 @@ def tensor_workload(subject: Subject) -> Workload:
         | {
             "different": len(requests),
             "rows": requests[0].rows,
-            "row_shapes": row_shapes(subject, batches[0]),
+            "shapes": {name: list(array.shape) for name, array in batches[0].items()},
         },
-        rows=lambda: rows_of(subject, batches),
     )
 
 

@@ -16,7 +16,7 @@ from enginesmith_client._messages import InferResult, ModelMetadata
 from enginesmith_client.perf._errors import ProfileError
 from enginesmith_client.perf.load._prepared import Prepared, TokenCounts
 from enginesmith_client.perf.workload._lengths import sample
-from enginesmith_client.perf.workload._payload import RefusedError, Subject, Workload, row_shapes, rows_of
+from enginesmith_client.perf.workload._payload import RefusedError, Subject, Workload
 from enginesmith_client.perf.workload._prompts import ASSUMED, WORDS, fit_from_counts, made_prompts
 from enginesmith_client.perf.workload._prompts_file import read_prompts
 
@@ -45,7 +45,6 @@ def text_workload(subject: Subject) -> Workload:
     maker = _Maker(subject, _streaming(subject))
     wanted, described = _from_file(maker) if subject.requests.prompts_file else _made(maker)
     requests = tuple(maker.prepared(one) for one in wanted)
-    arrays = maker.arrays(wanted[0])
 
     @functools.lru_cache(maxsize=KEPT_OF_TRACE)
     def for_lengths(number: int, prompt_tokens: int | None, output_tokens: int | None) -> Prepared:
@@ -60,9 +59,8 @@ def text_workload(subject: Subject) -> Workload:
         streaming=maker.streaming,
         counts=maker.counts,
         requests=requests,
-        described=described | maker.described() | {"row_shapes": row_shapes(subject, arrays)},
+        described=described | maker.described(),
         for_lengths=lambda number, due: for_lengths(number, due.prompt_tokens, due.output_tokens),
-        rows=lambda: rows_of(subject, [maker.arrays(one) for one in wanted]),
     )
 
 

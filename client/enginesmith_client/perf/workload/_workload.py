@@ -16,13 +16,11 @@ from enginesmith_client._messages import ModelMetadata
 from enginesmith_client.perf._errors import ProfileError
 from enginesmith_client.perf._profile import RequestsPart
 from enginesmith_client.perf._target import Target
-from enginesmith_client.perf.load._prepared import Due, Prepared
+from enginesmith_client.perf.load._prepared import Due
 from enginesmith_client.perf.workload._embed import embed_workload, text_inputs
 from enginesmith_client.perf.workload._payload import Kind, Subject, Workload
 from enginesmith_client.perf.workload._tensors import tensor_workload
 from enginesmith_client.perf.workload._text import KEPT_OF_TRACE, text_workload
-
-__all__ = ["Kind", "Prepared", "Workload", "kind_of", "make_workload"]
 
 _MAKERS = {"text": text_workload, "embed": embed_workload, "tensors": tensor_workload}
 
