@@ -85,6 +85,7 @@ _STATUSES: dict[grpc.StatusCode, Status] = {
     grpc.StatusCode.UNIMPLEMENTED: "unimplemented",
     grpc.StatusCode.CANCELLED: "cancelled",
 }
+_STATUSES_BY_CODE = {code.value[0]: status for code, status in _STATUSES.items()}
 # gRPC uses UNAVAILABLE for a connection that it could not make or keep, and so does Triton for a full queue.
 # Nothing but the text of the library tells them apart (grpcio 1.85: no metadata either way).
 _UNSENT_TEXTS = (
@@ -385,3 +386,8 @@ def status_from_rpc(error: grpc.RpcError) -> Status:
         if any(text in detail for text in _CONNECTION_TEXTS):
             return "broken"
     return _STATUSES.get(code, "internal")
+
+
+def status_from_code(code: int) -> Status:
+    """The status of a call by the number that a server sent; it was reached, so it is not about the connection."""
+    return _STATUSES_BY_CODE.get(code, "internal")

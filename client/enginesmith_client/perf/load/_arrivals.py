@@ -10,23 +10,25 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, assert_never
+from typing import Any
 
 import numpy as np
 
 from enginesmith_client.perf._errors import ProfileError
 from enginesmith_client.perf._profile import (
-    BurstArrivals,
     ConstantArrivals,
     OpenLoad,
     PoissonArrivals,
     TraceArrivals,
 )
+from enginesmith_client.perf._profile_file import content_of
 from enginesmith_client.perf.load._prepared import Due
 
 _NS = 1_000_000_000
 _CHUNK = 1024
 _KEYS = ("at_s", "prompt_tokens", "output_tokens")
+TRACE_FILE = "the trace"
+"""What the file is called in messages."""
 _TRACE_HINT = 'each line is {"at_s": 0.25, "prompt_tokens": 80, "output_tokens": 40}, the last two optional, in the order of at_s'
 
 
@@ -56,10 +58,8 @@ def due_times(load: OpenLoad, *, rate_per_s: float | None, seed: int) -> Iterato
         return (Due(round(number * _NS / rate)) for number in itertools.count())
     if isinstance(arrivals, PoissonArrivals):
         return (Due(at_ns) for at_ns in _poisson(rate, seed))
-    if isinstance(arrivals, BurstArrivals):
-        bursts = _poisson(rate / arrivals.size, seed)
-        return (Due(at_ns) for at_ns in bursts for _ in range(arrivals.size))
-    assert_never(arrivals)
+    bursts = _poisson(rate / arrivals.size, seed)
+    return (Due(at_ns) for at_ns in bursts for _ in range(arrivals.size))
 
 
 def read_trace(path: Path) -> tuple[Due, ...]:
@@ -69,23 +69,25 @@ def read_trace(path: Path) -> tuple[Due, ...]:
         ProfileError: the file cannot be read, is empty, or a line is not what it should be; the message names the line.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ProfileError(f"the trace {path} cannot be read: {error}", hint=_TRACE_HINT) from error
+        lines = content_of(path, what=TRACE_FILE).decode().splitlines()
+    except UnicodeDecodeError as error:
+        raise ProfileError(
+            f"{TRACE_FILE} {path} is not UTF-8: {error.reason} at byte {error.start}", hint=_TRACE_HINT
+        ) from error
     dues: list[Due] = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        due = _due(line, where=f"the trace {path}, line {number}")
+        due = _due(line, where=f"{TRACE_FILE} {path}, line {number}")
         if dues and due.at_ns < dues[-1].at_ns:
             raise ProfileError(
-                f"the trace {path}, line {number}: at_s is {due.at_ns / _NS:g}, before the {dues[-1].at_ns / _NS:g} "
+                f"{TRACE_FILE} {path}, line {number}: at_s is {due.at_ns / _NS:g}, before the {dues[-1].at_ns / _NS:g} "
                 "of the line above",
                 hint="sort the lines by at_s",
             )
         dues.append(due)
     if not dues:
-        raise ProfileError(f"the trace {path} holds no request", hint=_TRACE_HINT)
+        raise ProfileError(f"{TRACE_FILE} {path} holds no request", hint=_TRACE_HINT)
     return tuple(dues)
 
 

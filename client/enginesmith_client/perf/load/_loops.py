@@ -16,7 +16,7 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol, TypeAlias
 
 import numpy as np
@@ -30,7 +30,7 @@ from enginesmith_client.perf.load._measured import Ending, Measured
 from enginesmith_client.perf.load._prepared import Due, Prepared
 from enginesmith_client.perf.load._tally import Tally
 from enginesmith_client.perf.load._timer import Timer
-from enginesmith_client.perf.load._undisturbed import on_interrupt, undisturbed
+from enginesmith_client.perf.load._undisturbed import ahead_of_others, on_interrupt, undisturbed
 from enginesmith_client.perf.load._wire import Answer, Wire
 
 _NS = 1_000_000_000
@@ -39,6 +39,7 @@ CONNECT_S = 10.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.005, 0.1
 _WRITTEN_AT_ONCE = 4
 _INTERRUPTED = Ending("partial", "interrupted")
+_CUT_OFF = Ending("partial", "interrupted while the last answers were waited for")
 
 Write: TypeAlias = Callable[[Record], None]
 
@@ -66,6 +67,8 @@ class Loop:
     """CPU time of this process within the window."""
     wall_vs_monotonic_s: float
     """How far the wall clock moved against the monotonic one while the load went on."""
+    real_time: bool = False
+    """Whether an open loop was sent with real-time priority."""
 
 
 async def run_load(
@@ -95,16 +98,17 @@ async def run_load(
     load = profile.load
     # Before anything is sent, because a trace may be unusable.
     dues = None if isinstance(load, ClosedLoad) else due_times(load, rate_per_s=rate_per_s, seed=profile.seed)
-    with undisturbed():
+    with undisturbed(), ahead_of_others(wanted=dues is not None) as real_time:
         await wire.connect(timeout_s=min(CONNECT_S, profile.measure.timeout_s))
         run = _Load(wire, requests, profile, write=write, origin_ns=origin_ns)
-        with on_interrupt(lambda: run.end(_INTERRUPTED)):
+        with on_interrupt(run.interrupt):
             if dues is None:
                 sending: Awaitable[object] = asyncio.gather(*run.workers())
             else:
                 sending = asyncio.ensure_future(run.send_when_due(dues))
             report = _Reports(run, on_progress, title)
-            return await _until_over(run, sending, stop, report)
+            loop = await _until_over(run, sending, stop, report)
+            return replace(loop, real_time=real_time)
 
 
 class _Load:
@@ -125,6 +129,8 @@ class _Load:
         self.ending: Ending | None = None
         self.ended_ns = 0
         self.ended = asyncio.Event()
+        self.failure: BaseException | None = None
+        """A defect of ours, met while an answer was read."""
         self.in_flight = 0
         self.answering: set[asyncio.Task[object]] = set()
         self._numbers = itertools.count()
@@ -134,7 +140,12 @@ class _Load:
     @property
     def drain_s(self) -> float:
         """How long answers are waited for after the last request."""
-        return 0.0 if self.ending is _INTERRUPTED else self._profile.measure.drain_s
+        return 0.0 if self.interrupted else self._profile.measure.drain_s
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether somebody does not want to wait any longer."""
+        return self.ending in (_INTERRUPTED, _CUT_OFF)
 
     def now_ns(self) -> int:
         """Since the origin."""
@@ -146,6 +157,13 @@ class _Load:
             self.ending = ending
             self.ended_ns = self.now_ns()
             self.ended.set()
+
+    def interrupt(self) -> None:
+        """Send no more, and do not wait for the answers that are on their way."""
+        if self.ending is None:
+            self.end(_INTERRUPTED)
+        elif not self.interrupted:
+            self.ending = _CUT_OFF
 
     def workers(self) -> list[asyncio.Task[object]]:
         """The closed loop: tasks that ask until the load ends."""
@@ -197,7 +215,12 @@ class _Load:
         # The call is begun here and not in the task: that saves a turn of the event loop.
         task = asyncio.create_task(self._answer(number, request, self._wire.send(request), due_ns=at_ns))
         self.answering.add(task)
-        task.add_done_callback(self.answering.discard)
+        task.add_done_callback(self._answered)
+
+    def _answered(self, task: asyncio.Task[object]) -> None:
+        self.answering.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.failure = error
 
     async def _ask_on_and_on(self) -> None:
         pause_s = 0.0
@@ -314,6 +337,8 @@ async def _until_over(
             reports.tell(run.measured.phase, latest_ns=run.measured.latest_ns)
         window = run.measured.window(run.ended_ns, run.ending)
         await _drain(run, reports)
+        if run.failure is not None:
+            raise run.failure
     finally:
         run.end(_INTERRUPTED)
         # A task that is cancelled before its first step would leave no record.
@@ -343,6 +368,8 @@ def _look_at(
     for task in (sender, writer):
         if task.done() and not task.cancelled() and (error := task.exception()) is not None:
             raise error
+    if run.failure is not None:
+        raise run.failure
     now_ns = run.now_ns()
     if stop is not None and stop.is_set():
         run.end(_INTERRUPTED)
@@ -357,7 +384,7 @@ def _look_at(
 async def _drain(run: _Load, reports: _Reports) -> None:
     """Wait for the answers that are on their way, but not longer than the profile allows."""
     until_ns = run.now_ns() + round(run.drain_s * _NS)
-    while run.answering and (left_ns := until_ns - run.now_ns()) > 0:
+    while run.answering and not run.interrupted and (left_ns := until_ns - run.now_ns()) > 0:
         await asyncio.wait(set(run.answering), timeout=min(TICK_S, left_ns / _NS))
         reports.tell("draining", latest_ns=until_ns)
         run.answering -= {task for task in run.answering if task.done()}

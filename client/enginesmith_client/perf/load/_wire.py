@@ -1,8 +1,8 @@
 """Requests out and answers in, as bytes over gRPC, with the moments at which that happened.
 
 A generator's own work is in every latency that it measures, so nothing is done here that can be done before or later:
-requests are serialized already, and an answer is read only as far as the figures need. Times are taken where gRPC asks
-for the bytes to send and where it hands over those that came, which is as near to the wire as Python gets.
+requests are serialized already, and an answer is read only as far as the figures need, when all of it is there. Times
+are taken where bytes are given to the connection and where it gets them.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-import grpc  # type: ignore[import-untyped]
-import grpc.aio  # type: ignore[import-untyped]
 from tritonclient.grpc import service_pb2
 
 from enginesmith_client._address import address_from_url
@@ -30,19 +28,15 @@ from enginesmith_client._errors import (
     TritonClientError,
     error_from_status,
 )
-from enginesmith_client._grpc_messages import (
-    channel_credentials,
-    channel_options,
-    error_from_rpc,
-    is_final,
-    status_from_text,
-)
-from enginesmith_client._settings import ConnectionSettings, Tls
+from enginesmith_client._grpc_messages import is_final, status_from_code, status_from_text
+from enginesmith_client._settings import ConnectionSettings
 from enginesmith_client.perf._records import OutcomeKind
 from enginesmith_client.perf._target import Target
+from enginesmith_client.perf.load._grpc_connection import Exchange, GrpcConnection, Status
 from enginesmith_client.perf.load._prepared import Prepared, TokenCounts
 
-_SERVICE = "/inference.GRPCInferenceService/"
+_INFER = "/inference.GRPCInferenceService/ModelInfer"
+_STREAM = "/inference.GRPCInferenceService/ModelStreamInfer"
 _OUTCOMES: Final[Mapping[type[TritonClientError], OutcomeKind]] = {
     DeadlineExceeded: "deadline",
     Overloaded: "overloaded",
@@ -53,8 +47,6 @@ _OUTCOMES: Final[Mapping[type[TritonClientError], OutcomeKind]] = {
     Cancelled: "cancelled",
 }
 _INT32_BYTES = 4
-_CLOSE_S = 1.0
-_LAST_EVENTS_S = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,17 +64,7 @@ class Answer:
     output_tokens: int | None = None
     """Of a stream that does not tell: its responses."""
     sent_ns: int = 0
-    """When gRPC took the request."""
-
-
-class _Outgoing:
-    """A request on its way to gRPC."""
-
-    __slots__ = ("message", "sent_ns")
-
-    def __init__(self, message: bytes, now_ns: int) -> None:
-        self.message = message
-        self.sent_ns = now_ns
+    """When the connection took the request."""
 
 
 class Wire:
@@ -101,119 +83,89 @@ class Wire:
         clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         address = address_from_url(target.url, "grpc")
-        settings = ConnectionSettings(headers=headers, tls=Tls() if address.encrypted else None)
-        options = channel_options(settings)
-        self._channel: Any = (
-            grpc.aio.secure_channel(address.authority, channel_credentials(Tls()), options)
-            if address.encrypted
-            else grpc.aio.insecure_channel(address.authority, options)
-        )
-        self._ending: set[asyncio.Future[Any]] = set()
-        """Streams of which all is read but the status."""
-        self._clock = clock
-        self._timeout_s = timeout_s
-        self._metadata = tuple(settings.headers.items()) or None
+        settings = ConnectionSettings(headers=headers)
+        self._connection = GrpcConnection(address, timeout_s=timeout_s, headers=settings.headers, clock=clock)
         self._call = Call(str(address), f"inference of model {target.model!r}", timeout_s, target.model)
-        self._infer = self._channel.unary_unary(f"{_SERVICE}ModelInfer", self._taken, self._came)
-        # A stream of requests with one request in it looks the same to the server, and is one task more in here.
-        self._stream = self._channel.unary_stream(f"{_SERVICE}ModelStreamInfer", self._taken, self._came)
 
     async def connect(self, *, timeout_s: float) -> bool:
         """Whether the server could be reached in time; connecting is then in no request's latency."""
-        ready = asyncio.ensure_future(self._channel.channel_ready())
-        await asyncio.wait({ready}, timeout=timeout_s)
-        ready.cancel()
-        return ready.done() and not ready.cancelled()
+        return await self._connection.connect(timeout_s=timeout_s)
 
     def send(self, request: Prepared) -> Coroutine[Any, Any, Answer]:
         """Send ``request`` and give what is to be awaited for its answer. Failures are answers as well."""
-        outgoing = _Outgoing(request.message, self._clock())
-        send = self._stream if request.streaming else self._infer
-        try:
-            call = send(outgoing, timeout=self._timeout_s, metadata=self._metadata)
-        except grpc.aio.UsageError as error:  # How grpcio says that the channel was closed.
-            return self._refused(outgoing, str(error))
+        # A stream of requests with one request in it looks the same to the server as a single request.
+        method = _STREAM if request.streaming else _INFER
+        exchange = self._connection.call(method, request.message)
         finish = self._pieces if request.streaming else self._whole
-        return finish(call, outgoing, request.counts)
+        return finish(exchange, request.counts)
 
     async def close(self) -> None:
         """Close the connection; requests that have no answer yet are cancelled."""
-        if self._ending:
-            await asyncio.wait(set(self._ending), timeout=_CLOSE_S)
-        await self._channel.close()
-        # grpcio gives the last events of what was cancelled to the event loop of the call even if that is closed by
-        # then, which the loop reports as an error; seen with 1.85.
-        await asyncio.sleep(_LAST_EVENTS_S)
+        await self._connection.close()
 
-    def _taken(self, outgoing: _Outgoing) -> bytes:
-        """The serializer: gRPC calls it right before it sends."""
-        outgoing.sent_ns = self._clock()
-        return outgoing.message
-
-    def _came(self, message: bytes) -> tuple[int, bytes]:
-        """The deserializer: gRPC calls it when a response is there, before whoever waits for it runs."""
-        return self._clock(), message
-
-    async def _refused(self, outgoing: _Outgoing, detail: str) -> Answer:
-        return self._failed(error_from_status("cancelled", detail, call=self._call), outgoing)
-
-    async def _whole(self, call: Any, outgoing: _Outgoing, counts: TokenCounts) -> Answer:
-        try:
-            ended_ns, message = await call
-        except grpc.RpcError as error:
-            return self._failed(error_from_rpc(error, self._call), outgoing)
+    async def _whole(self, exchange: Exchange, counts: TokenCounts) -> Answer:
+        status = await self._over(exchange)
+        if status.code != 0 or not exchange.came:
+            return self._failed(self._error(status), exchange)
+        came_ns, message = exchange.came[-1]
         prompt_tokens = output_tokens = None
         if counts.prompt_output is not None or counts.answer_output is not None:
             reply = service_pb2.ModelInferResponse.FromString(message)
             prompt_tokens = _count(reply, counts.prompt_output)
             output_tokens = _count(reply, counts.answer_output)
-        return Answer("ok", "", ended_ns, (), prompt_tokens, output_tokens, outgoing.sent_ns)
+        return Answer("ok", "", came_ns, (), prompt_tokens, output_tokens, exchange.sent_ns)
 
-    async def _pieces(self, call: Any, outgoing: _Outgoing, counts: TokenCounts) -> Answer:
-        pieces = _Pieces(counts)
-        try:
-            while not pieces.complete:
-                came = await call.read()
-                if came is grpc.aio.EOF:
-                    raise error_from_status(
-                        "broken", "the stream ended before its last answer", call=self._call
-                    )
-                came_ns, message = came
-                answer = service_pb2.ModelStreamInferResponse.FromString(message)
-                if answer.error_message:
-                    text = answer.error_message
-                    raise error_from_status(status_from_text(text), text, call=self._call)
-                pieces.add(answer.infer_response, came_ns)
-        except grpc.RpcError as error:
-            return self._failed(error_from_rpc(error, self._call), outgoing, pieces)
-        except TritonClientError as error:
-            return self._failed(error, outgoing, pieces)
-        finally:
-            self._end(call, complete=pieces.complete)
+    async def _pieces(self, exchange: Exchange, counts: TokenCounts) -> Answer:
+        status = await self._over(exchange)
+        pieces, came_ns = _Pieces(counts), 0
+        for came_ns, message in exchange.came:
+            answer = service_pb2.ModelStreamInferResponse.FromString(message)
+            if answer.error_message:
+                text = answer.error_message
+                return self._failed(
+                    error_from_status(status_from_text(text), text, call=self._call),
+                    exchange,
+                    pieces,
+                    came_ns,
+                )
+            pieces.add(answer.infer_response, came_ns)
+        if not pieces.complete:
+            return self._failed(self._error(status), exchange, pieces)
         return Answer(
-            "ok", "", came_ns, tuple(pieces.came_ns), pieces.prompt_tokens, pieces.output_tokens, outgoing.sent_ns
+            "ok", "", came_ns, tuple(pieces.came_ns), pieces.prompt_tokens, pieces.output_tokens, exchange.sent_ns
         )  # fmt: skip
 
-    def _end(self, call: Any, *, complete: bool) -> None:
-        """Let go of a stream. The server ends one that is complete; that is nothing that its caller waits for."""
-        if call.done():
-            return
-        if not complete:
-            call.cancel()
-            return
-        ending = asyncio.ensure_future(call.code())
-        self._ending.add(ending)
-        ending.add_done_callback(self._ending.discard)
+    async def _over(self, exchange: Exchange) -> Status:
+        try:
+            return await exchange.over
+        except asyncio.CancelledError:
+            exchange.cancel()
+            raise
 
-    def _failed(self, error: TritonClientError, outgoing: _Outgoing, pieces: _Pieces | None = None) -> Answer:
+    def _error(self, status: Status) -> TritonClientError:
+        if status.code is None:
+            return error_from_status(
+                "unreachable" if status.unsent else "broken", status.words, call=self._call
+            )
+        if status.code == 0:
+            return error_from_status("broken", "the stream ended before its last answer", call=self._call)
+        return error_from_status(status_from_code(status.code), status.words, call=self._call)
+
+    def _failed(
+        self,
+        error: TritonClientError,
+        exchange: Exchange,
+        pieces: _Pieces | None = None,
+        ended_ns: int | None = None,
+    ) -> Answer:
         return Answer(
             _OUTCOMES[type(error)],
             error.message,
-            self._clock(),
+            exchange.ended_ns if ended_ns is None else ended_ns,
             tuple(pieces.came_ns) if pieces else (),
             pieces.prompt_tokens if pieces else None,
             pieces.output_tokens if pieces else None,
-            outgoing.sent_ns,
+            exchange.sent_ns,
         )
 
 
