@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -22,6 +21,7 @@ from enginesmith_client._errors import TritonClientError
 from enginesmith_client.perf._errors import MeasurementError, ResultsError
 from enginesmith_client.perf._figures import Figures
 from enginesmith_client.perf._profile import ClosedLoad, OpenLoad, Profile, TraceArrivals
+from enginesmith_client.perf._profile_file import content_of
 from enginesmith_client.perf._progress import OnProgress, Progress, ignore_progress
 from enginesmith_client.perf._records import Record, RecordWriter, read_records
 from enginesmith_client.perf._run_files import (
@@ -34,10 +34,11 @@ from enginesmith_client.perf._run_files import (
     load_run,
     save_run,
 )
+from enginesmith_client.perf._saved_files import from_plain, only_writer, timestamp
 from enginesmith_client.perf._target import Target
 from enginesmith_client.perf.judge._metrics import figures_of, slo_verdicts
 from enginesmith_client.perf.judge._selfcheck import checks_of
-from enginesmith_client.perf.load._arrivals import due_times
+from enginesmith_client.perf.load._arrivals import TRACE_FILE, due_times
 from enginesmith_client.perf.load._loops import Loop, run_load
 from enginesmith_client.perf.load._prepared import Due
 from enginesmith_client.perf.load._wire import Wire
@@ -45,12 +46,15 @@ from enginesmith_client.perf.observe._machine import machine, versions
 from enginesmith_client.perf.observe._observer import Observer
 from enginesmith_client.perf.observe._samples import Sample, read_samples
 from enginesmith_client.perf.perf_analyzer._measure import measure_with_perf_analyzer
+from enginesmith_client.perf.workload._prompts_file import PROMPTS_FILE
+from enginesmith_client.perf.workload._tensors_file import TENSORS_FILE
 from enginesmith_client.perf.workload._workload import Workload, make_workload
 
 Status: TypeAlias = Literal["complete", "partial"]
 CAPACITY_DIRECTORY = "capacity"
 _CAPACITY_WINDOW_S = 2.0
 _LOAD_TIMEOUT_S = 600.0
+_ANOTHER_DIRECTORY = "give another directory, or remove that one if it is not needed"
 
 
 def run_profile(
@@ -66,41 +70,61 @@ def run_profile(
 
     Args:
         title: what people call it; default: the profile's name and its load.
-        reuse: a complete run of the same profile, model and version that is there already is returned as it is.
+        reuse: a complete run of the same profile, model and version that is there already is returned as it is, one that
+            was ended early is made again.
 
     Raises:
         TritonClientError: the server is not there or does not serve the model, or the profile does not fit it.
-        ResultsError: ``directory`` holds another run and ``reuse`` was not asked for.
+        ResultsError: ``directory`` holds another run, or any if ``reuse`` was not asked for; or it cannot be written, or
+            something else is measuring into it. What was written until then is kept.
+        KeyboardInterrupt: it was interrupted before there was anything to keep.
     """
     title = title or f"{profile.name}, {_load_words(profile)}"
     with Client(target.url, timeout_s=max(profile.measure.timeout_s, 60.0)) as client:
-        version = target.version or max(client.metadata(target.model).versions, key=_number)
+        metadata = client.metadata(target.model, version=target.version)
+        version = target.version_of(metadata.versions)
         digest = _digest(target, profile, version)
-        if (directory / RUN_FILE).exists():
-            there = load_run(directory)
-            if reuse and there.run.status == "complete" and there.run.profile_digest == digest:
+        with only_writer(directory):
+            there = _finished_run(directory, digest, reuse=reuse)
+            if there is not None:
                 return there
-            if not reuse:
-                raise ResultsError(
-                    f"{directory} holds a run already",
-                    hint="give another directory, or remove that one if it is not needed",
-                )
-            (directory / RUN_FILE).unlink()
-        directory.mkdir(parents=True, exist_ok=True)
-        on_progress(Progress("preparing", title, 0.0, None, 0, 0, 0))
-        workload = make_workload(
-            client,
-            target,
-            profile.requests,
-            seed=profile.seed,
-            timeout_s=profile.measure.timeout_s,
-            trace=_trace(profile),
+            (directory / RUN_FILE).unlink(missing_ok=True)
+            on_progress(Progress("preparing", title, 0.0, None, 0, 0, 0))
+            workload = make_workload(
+                client,
+                target,
+                profile.requests,
+                seed=profile.seed,
+                timeout_s=profile.measure.timeout_s,
+                trace=_trace(profile),
+            )
+            observer = Observer(client, target, directory / SAMPLES_FILE)
+            measured = _Measurement(
+                client, target, profile, workload, directory, title, on_progress, observer, reuse
+            ).whole()
+            run = _judged(measured, target, profile, title=title, version=version, digest=digest)
+            return save_run(directory, run)
+
+
+def _finished_run(directory: Path, digest: str, *, reuse: bool) -> SavedRun | None:
+    """The run that need not be made again; None where there is none.
+
+    Raises:
+        ResultsError: there is one that must not be written over, or what is there cannot be read.
+    """
+    if not (directory / RUN_FILE).exists():
+        return None
+    there = load_run(directory)
+    if not reuse:
+        raise ResultsError(f"{directory} holds a run already", hint=_ANOTHER_DIRECTORY)
+    if there.run.status == "partial":
+        return None
+    if there.run.profile_digest != digest:
+        raise ResultsError(
+            f"{directory} holds a run of another profile, model or version, or its files changed since",
+            hint=_ANOTHER_DIRECTORY,
         )
-        observer = Observer(client, target, directory / SAMPLES_FILE)
-        measurement = _Measurement(client, target, profile, workload, directory, title, on_progress, observer)
-        measured = measurement.whole()
-        run = _judged(measured, target, profile, title=title, version=version, digest=digest)
-    return save_run(directory, run)
+    return there
 
 
 def recompute(saved: SavedRun) -> Figures:
@@ -110,7 +134,7 @@ def recompute(saved: SavedRun) -> Figures:
         ResultsError: they are missing or damaged.
     """
     run = saved.run
-    profile = Profile.model_validate(run.profile)
+    profile = from_plain(Profile, run.profile)
     samples = read_samples(saved.directory / SAMPLES_FILE)
     return _figures(saved.records(), run.window, profile, samples)
 
@@ -144,14 +168,15 @@ class _Measurement:
     title: str
     on_progress: OnProgress
     observer: Observer
+    reuse: bool
 
     def whole(self) -> _Measured:
         """Bring the server into its state, and measure."""
-        described = dict(self.workload.described)
+        described: dict[str, Any] = {"kind": self.workload.kind, **self.workload.described}
         rate_per_s = self._rate_per_s(described)
         if self.profile.start == "cold":
             described["load_s"] = self._load_again()
-        started = datetime.now(timezone.utc).isoformat(timespec="seconds")  # noqa: UP017 - the client runs on 3.10
+        started = timestamp()
         if isinstance(self.profile.load, ClosedLoad) and self.profile.load.generator == "perf_analyzer":
             return self._by_perf_analyzer(described, started)
         return self._by_loops(described, started, rate_per_s)
@@ -159,6 +184,8 @@ class _Measurement:
     def _by_loops(self, described: dict[str, Any], started: str, rate_per_s: float | None) -> _Measured:
         with RecordWriter(self.directory / RECORDS_FILE) as writer, self._observed() as origin_ns:
             loop = asyncio.run(self._run_load(writer, rate_per_s, origin_ns))
+        if isinstance(self.profile.load, OpenLoad):
+            described["generator_priority"] = "real-time" if loop.real_time else "normal"
         return self._measured(
             loop.window, loop.status, loop.ended_because, loop=loop, started=started, described=described
         )
@@ -226,22 +253,30 @@ class _Measurement:
             directory=self.directory / CAPACITY_DIRECTORY,
             title=f"{self.title}: capacity",
             on_progress=self.on_progress,
-            reuse=True,
+            reuse=self.reuse,
         ).run
-        if not run.figures.requests_per_s:
+        if run.interrupted:
+            raise KeyboardInterrupt
+        if run.status == "partial" or not run.figures.requests_per_s:
+            why = (
+                f"its run ended early ({run.ended_because})"
+                if run.status == "partial"
+                else "none was answered"
+            )
             raise MeasurementError(
-                f"the capacity of model {self.target.model!r} is unknown: with {concurrency} requests in flight none was answered",
+                f"the capacity of model {self.target.model!r} is unknown: with {concurrency} requests in flight {why}",
                 hint="the errors are in the records of the capacity run; a rate_per_s needs no capacity",
             )
         described["capacity_per_s"] = run.figures.requests_per_s
+        if run.void:
+            # It is a rate to aim at all the same, and the run itself is judged by its own checks.
+            described["capacity_doubted"] = [check.words for check in run.checks if check.severity == "void"]
         return run.figures.requests_per_s * load.capacity_factor
 
     def _load_again(self) -> float:
         """Unload and load the model; how long loading took, in seconds."""
         model = self.target.model
-        self.client.unload(model)
-        while any(one.name == model and one.state == "UNLOADING" for one in self.client.models()):
-            time.sleep(0.02)
+        self.client.unload(model, timeout_s=_LOAD_TIMEOUT_S)
         begun_s = time.monotonic()
         self.client.load(model, timeout_s=_LOAD_TIMEOUT_S)
         self.client.wait_ready(model, timeout_s=_LOAD_TIMEOUT_S)
@@ -251,8 +286,8 @@ class _Measurement:
     def _observed(self) -> Iterator[int]:
         """Have the server and the machine observed meanwhile; gives the run's origin on the monotonic clock."""
         origin_ns = time.monotonic_ns()
-        self.observer.start(origin_ns)
         try:
+            self.observer.start(origin_ns)
             yield origin_ns
         finally:
             self.observer.stop()
@@ -340,12 +375,18 @@ def _trace(profile: Profile) -> Iterator[Due]:
 
 
 def _digest(target: Target, profile: Profile, version: str) -> str:
-    """Of all that decides what is measured: the profile with the files that it names, the model and its version."""
+    """Of all that decides what is measured: the profile with the files that it names, the model and its version.
+
+    Raises:
+        ProfileError: a file cannot be read.
+    """
     requests, load = profile.requests, profile.load
-    files = [requests.prompts_file, requests.tensors_file]
+    files = [(PROMPTS_FILE, requests.prompts_file), (TENSORS_FILE, requests.tensors_file)]
     if isinstance(load, OpenLoad) and isinstance(load.arrivals, TraceArrivals):
-        files.append(load.arrivals.file)
-    digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file is not None]
+        files.append((TRACE_FILE, load.arrivals.file))
+    digests = [
+        hashlib.sha256(content_of(file, what=what)).hexdigest() for what, file in files if file is not None
+    ]
     content = [profile.as_json(), target.model, version, digests]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -359,7 +400,3 @@ def _load_words(profile: Profile) -> str:
     if load.rate_per_s is None:
         return f"{load.arrivals.kind} at {load.capacity_factor:g} times the capacity"
     return f"{load.arrivals.kind} at {load.rate_per_s:g}/s"
-
-
-def _number(version: str) -> int:
-    return int(version) if version.isdigit() else -1
