@@ -22,15 +22,14 @@ from enginesmith_client.perf._run_files import (
     SloVerdict,
     Window,
     save_run,
-    write_document,
 )
+from enginesmith_client.perf._saved_files import write_document
 from enginesmith_client.perf._target import Target
 from enginesmith_client.perf.compare._live import compare_live
 from enginesmith_client.perf.judge._metrics import figures_of, slo_verdicts
 from enginesmith_client.perf.many._ladder import Ladder
 from enginesmith_client.perf.many._suite import FORMAT as SUITE_FORMAT
 from enginesmith_client.perf.many._suite import SUITE_FILE, SuiteEntry, SuiteResult
-from enginesmith_client.perf.many._suite import VERSION as SUITE_VERSION
 from enginesmith_client.perf.many._sweep import sweep
 from enginesmith_client.perf.observe._samples import Sample, SampleWriter
 
@@ -278,4 +277,4 @@ def a_suite(directory: Path) -> None:
         "2026-11-23T08:00:00+00:00",
         entries,
     )
-    write_document(directory / SUITE_FILE, SUITE_FORMAT, SUITE_VERSION, asdict(result))
+    write_document(directory / SUITE_FILE, SUITE_FORMAT, asdict(result))

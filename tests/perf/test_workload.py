@@ -17,8 +17,9 @@ from enginesmith_client.perf._errors import ProfileError
 from enginesmith_client.perf._profile import FixedLength, RequestsPart, UniformLength
 from enginesmith_client.perf._target import Target
 from enginesmith_client.perf.load._prepared import Due, Prepared, TokenCounts
+from enginesmith_client.perf.workload._payload import Workload
 from enginesmith_client.perf.workload._prompts import WORDS, fit_from_counts, made_prompts
-from enginesmith_client.perf.workload._workload import Workload, make_workload
+from enginesmith_client.perf.workload._workload import make_workload
 
 pytestmark = pytest.mark.server
 MODELS = ("echo", "pair", "plain_llm", "relevance-text", "sentences", "sentences-text", "stateful", "wordy")

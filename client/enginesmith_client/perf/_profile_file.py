@@ -113,6 +113,21 @@ def document_from_file(path: Path, *, what: str) -> dict[str, Any]:
     return document
 
 
+def content_of(path: Path, *, what: str) -> bytes:
+    """The bytes of a file that a profile names; ``what`` it is called in messages.
+
+    Raises:
+        ProfileError: it cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ProfileError(
+            f"{what} {path} cannot be read: {error.strerror}",
+            hint="paths in a profile are relative to the profile's directory",
+        ) from error
+
+
 def name_of(path: Path) -> str:
     """The name of a file as one of a profile: what is not allowed in it becomes a hyphen."""
     allowed = "".join(one if one.isascii() and (one.isalnum() or one in "_.-") else "-" for one in path.stem)

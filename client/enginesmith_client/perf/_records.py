@@ -7,21 +7,14 @@ dies leaves what it measured.
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, TypeAlias
 
-from enginesmith_client.perf._errors import ResultsError
+from enginesmith_client.perf._saved_files import Format, LineWriter, read_lines
 
-FORMAT = "enginesmith-bench-records"
-VERSION = 1
-# Small, because a load is on its way while it is written out.
-_BUFFER_BYTES = 1 << 16
+FORMAT = Format("enginesmith-bench-records", holds="benchmark records")
 _FLUSH_S = 1.0
-_line = json.JSONEncoder(separators=(",", ":")).encode
 
 OutcomeKind: TypeAlias = Literal[
     "ok", "deadline", "overloaded", "connect", "not_ready", "invalid", "server", "cancelled"
@@ -72,34 +65,15 @@ class Record:
         return self.outcome == "ok"
 
 
-class RecordWriter:
-    """Appends records to a file, in the order in which they are given."""
+class RecordWriter(LineWriter):
+    """Appends records to a file, in the order in which they are given. Errors as ``LineWriter``."""
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("w", encoding="utf-8", buffering=_BUFFER_BYTES)
-        self._flushed_s = time.monotonic()
-        self._file.write(json.dumps({"format": FORMAT, "version": VERSION}) + "\n")
+        super().__init__(path, FORMAT, flush_s=_FLUSH_S)
 
     def write(self, record: Record) -> None:
-        """Append one. It is with the operating system a second later at the latest, if another one follows."""
-        self._file.write(_line(_plain(record)) + "\n")
-        now_s = time.monotonic()
-        if now_s - self._flushed_s >= _FLUSH_S:
-            self._file.flush()
-            self._flushed_s = now_s
-
-    def close(self) -> None:
-        """Write out what is buffered."""
-        self._file.close()
-
-    def __enter__(self) -> RecordWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
+        """Append one."""
+        self.append(_plain(record))
 
 
 def read_records(path: Path) -> list[Record]:
@@ -108,37 +82,7 @@ def read_records(path: Path) -> list[Record]:
     Raises:
         ResultsError: the file is missing, or is not one of records, or of another version.
     """
-    return sorted(_read(path), key=lambda record: record.number)
-
-
-def _read(path: Path) -> Iterator[Record]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ResultsError(f"{path} cannot be read: {error}") from error
-    _check_header(path, lines[0] if lines else "")
-    for number, line in enumerate(lines[1:], start=2):
-        try:
-            yield _record(json.loads(line))
-        except (ValueError, TypeError, KeyError) as error:
-            if number == len(lines) and not line.endswith("\n"):
-                return
-            raise ResultsError(f"{path}, line {number}: not a record ({error})") from error
-
-
-def _check_header(path: Path, line: str) -> None:
-    try:
-        header = json.loads(line)
-        found = (header["format"], header["version"])
-    except (ValueError, TypeError, KeyError) as error:
-        raise ResultsError(
-            f"{path} is not a file of benchmark records: its first line names no format"
-        ) from error
-    if found != (FORMAT, VERSION):
-        raise ResultsError(
-            f"{path} holds {found[0]} of version {found[1]}; this program reads {FORMAT} of version {VERSION}",
-            hint="measure again with this version, or read it with the version that wrote it",
-        )
+    return sorted(read_lines(path, FORMAT, _record, item="a record"), key=lambda record: record.number)
 
 
 def _plain(record: Record) -> dict[str, Any]:
@@ -163,5 +107,8 @@ def _plain(record: Record) -> dict[str, Any]:
     return fields
 
 
-def _record(fields: dict[str, Any]) -> Record:
+def _record(line: str) -> Record:
+    fields = json.loads(line)
+    if not isinstance(fields, dict):
+        raise TypeError("no object")
     return Record(**(fields | {"piece_ns": tuple(fields.get("piece_ns", ()))}))

@@ -46,9 +46,10 @@ from enginesmith_client.perf.observe._machine import machine, versions
 from enginesmith_client.perf.observe._observer import Observer
 from enginesmith_client.perf.observe._samples import Sample, read_samples
 from enginesmith_client.perf.perf_analyzer._measure import measure_with_perf_analyzer
+from enginesmith_client.perf.workload._payload import Workload
 from enginesmith_client.perf.workload._prompts_file import PROMPTS_FILE
 from enginesmith_client.perf.workload._tensors_file import TENSORS_FILE
-from enginesmith_client.perf.workload._workload import Workload, make_workload
+from enginesmith_client.perf.workload._workload import make_workload
 
 Status: TypeAlias = Literal["complete", "partial"]
 CAPACITY_DIRECTORY = "capacity"
@@ -270,7 +271,9 @@ class _Measurement:
         described["capacity_per_s"] = run.figures.requests_per_s
         if run.void:
             # It is a rate to aim at all the same, and the run itself is judged by its own checks.
-            described["capacity_doubted"] = [check.words for check in run.checks if check.severity == "void"]
+            described["capacity_doubted"] = "; ".join(
+                one.words for one in run.checks if one.severity == "void"
+            )
         return run.figures.requests_per_s * load.capacity_factor
 
     def _load_again(self) -> float:

@@ -8,28 +8,19 @@ is written last and at once.
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-from pydantic import TypeAdapter, ValidationError
-
-from enginesmith_client.perf._errors import ResultsError
 from enginesmith_client.perf._figures import Figures
 from enginesmith_client.perf._records import Record, read_records
+from enginesmith_client.perf._saved_files import Format, from_plain, read_document, write_document
 
-FORMAT = "enginesmith-bench-run"
-VERSION = 1
+FORMAT = Format("enginesmith-bench-run")
 RUN_FILE = "run.json"
 RECORDS_FILE = "records.jsonl"
 SAMPLES_FILE = "samples.jsonl"
-
-Dataclass = TypeVar("Dataclass")
-# Making one costs more than reading a run with it.
-_ADAPTERS: dict[type, TypeAdapter[Any]] = {}
 
 
 @dataclass(frozen=True)
@@ -106,6 +97,11 @@ class Run:
         return any(check.severity == "void" for check in self.checks)
 
     @property
+    def interrupted(self) -> bool:
+        """Whether a person ended it."""
+        return self.status == "partial" and self.ended_because.startswith("interrupted")
+
+    @property
     def slo_met(self) -> bool | None:
         """Whether all of the SLO was kept; None without one, or where it could not be judged."""
         if self.void or not self.slo or any(verdict.met is None for verdict in self.slo):
@@ -131,7 +127,7 @@ class SavedRun:
 
 def save_run(directory: Path, run: Run) -> SavedRun:
     """Write ``run.json`` beside the records; it appears at once or not at all."""
-    write_document(directory / RUN_FILE, FORMAT, VERSION, dataclasses.asdict(run))
+    write_document(directory / RUN_FILE, FORMAT, dataclasses.asdict(run))
     return SavedRun(directory, run)
 
 
@@ -141,59 +137,4 @@ def load_run(directory: Path) -> SavedRun:
     Raises:
         ResultsError: there is none, it is damaged, or of another version.
     """
-    return SavedRun(directory, from_plain(Run, read_document(directory / RUN_FILE, FORMAT, VERSION)))
-
-
-def write_document(path: Path, name: str, version: int, content: Mapping[str, Any]) -> None:
-    """Write JSON that says what it is; the file appears at once or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        staging.write_text(
-            json.dumps({"format": name, "version": version} | dict(content), indent=1, allow_nan=False)
-            + "\n",
-            encoding="utf-8",
-        )
-        os.replace(staging, path)
-    finally:
-        staging.unlink(missing_ok=True)
-
-
-def read_document(path: Path, name: str, version: int) -> dict[str, Any]:
-    """What ``write_document`` wrote.
-
-    Raises:
-        ResultsError: it is missing, damaged, something else, or of another version.
-    """
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        found = (document.pop("format"), document.pop("version"))
-    except FileNotFoundError as error:
-        raise ResultsError(f"{path} is not there", hint="give the directory of a finished run") from error
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise ResultsError(f"{path} cannot be read as benchmark results: {error!r}") from error
-    if found != (name, version):
-        raise ResultsError(
-            f"{path} holds {found[0]} of version {found[1]}; this program reads {name} of version {version}",
-            hint="measure again with this version, or read it with the version that wrote it",
-        )
-    return dict(document)
-
-
-def from_plain(kind: type[Dataclass], plain: Mapping[str, Any]) -> Dataclass:
-    """A dataclass from its plain JSON values.
-
-    Raises:
-        ResultsError: a field is missing or of another type.
-    """
-    try:
-        if kind not in _ADAPTERS:
-            _ADAPTERS[kind] = TypeAdapter(kind)
-        read: Dataclass = _ADAPTERS[kind].validate_json(json.dumps(plain))
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise ResultsError(
-            f"saved results cannot be read as {kind.__name__}: {where}: {first['msg']}"
-        ) from error
-    return read
+    return SavedRun(directory, from_plain(Run, read_document(directory / RUN_FILE, FORMAT)))

@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from enginesmith_client.perf._errors import ProfileError
-from enginesmith_client.perf._run_files import from_plain, read_document, write_document
+from enginesmith_client.perf._saved_files import Format, from_plain, read_document, write_document
 
-FORMAT = "enginesmith-bench-comparison"
-VERSION = 1
+FORMAT = Format("enginesmith-bench-comparison")
 COMPARISON_FILE = "comparison.json"
 
 Verdict: TypeAlias = Literal["better", "same", "worse", "inconclusive"]
@@ -173,7 +172,7 @@ def percent_words(log_ratio: float) -> str:
 
 def save_comparison(directory: Path, comparison: Comparison) -> None:
     """Write ``comparison.json``; it appears at once or not at all."""
-    write_document(directory / COMPARISON_FILE, FORMAT, VERSION, dataclasses.asdict(comparison))
+    write_document(directory / COMPARISON_FILE, FORMAT, dataclasses.asdict(comparison))
 
 
 def load_comparison(directory: Path) -> Comparison:
@@ -182,4 +181,4 @@ def load_comparison(directory: Path) -> Comparison:
     Raises:
         ResultsError: there is none, it is damaged, or of another version.
     """
-    return from_plain(Comparison, read_document(directory / COMPARISON_FILE, FORMAT, VERSION))
+    return from_plain(Comparison, read_document(directory / COMPARISON_FILE, FORMAT))

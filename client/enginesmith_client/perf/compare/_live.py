@@ -19,7 +19,8 @@ import numpy as np
 from enginesmith_client.perf._errors import MeasurementError, ProfileError, ResultsError
 from enginesmith_client.perf._profile import MeasurePart, OpenLoad, Profile
 from enginesmith_client.perf._progress import OnProgress, ignore_progress
-from enginesmith_client.perf._run_files import RUN_FILE, SavedRun, read_document, write_document
+from enginesmith_client.perf._run_files import RUN_FILE, SavedRun
+from enginesmith_client.perf._saved_files import Format, only_writer, read_document, write_document
 from enginesmith_client.perf._target import Target
 from enginesmith_client.perf.compare._bootstrap import Estimator, PairedRatio
 from enginesmith_client.perf.compare._comparison import (
@@ -48,8 +49,7 @@ DEFAULT_ROUNDS = 12
 MAX_LEFT_OUT = 0.25
 """Of the pairs: with more that are void, so is the comparison."""
 PLAN_FILE = "plan.json"
-PLAN_FORMAT = "enginesmith-bench-comparison-plan"
-PLAN_VERSION = 1
+PLAN_FORMAT = Format("enginesmith-bench-comparison-plan")
 _WARMUP_S = 0.5
 _METHOD = "studentized bootstrap over the pairs of rounds, mean of log(B / A), symmetric"
 
@@ -77,7 +77,7 @@ def compare_live(
 
     Raises:
         ProfileError: too few rounds, or a profile that cannot be run in pairs.
-        ResultsError: the directory holds another comparison.
+        ResultsError: the directory holds another comparison, or something else is measuring into it.
         TritonClientError: a server or a model is not there, or stopped answering. The rounds so far are kept.
         KeyboardInterrupt: a round was interrupted. The rounds so far are kept.
     """
@@ -85,20 +85,21 @@ def compare_live(
     _check(target_a, target_b, profile, rounds)
     order = random_order(rounds, seed=options.seed)
     of_round = _round_profile(profile, round_s or profile.measure.window_s)
-    if not _planned(directory, _plan(target_a, target_b, of_round, order, options)):
-        return load_comparison(directory)
-    rounds_of = _Rounds(target_a, target_b, directory, on_progress, run or default_run(), 2 * rounds + 2)
-    warm = rounds_of.warm_up(of_round)
-    of_round = _at_rate_of(warm, of_round)
-    pairs = [rounds_of.pair(number, first, of_round) for number, first in enumerate(order, start=1)]
-    comparison = dataclasses.replace(
-        _concluded(pairs, options, _server_warnings(target_a, target_b)),
-        profile=profile.as_json(),
-        rounds=rounds,
-        order=order,
-        left_out=_left_out(pairs),
-    )
-    save_comparison(directory, comparison)
+    with only_writer(directory):
+        if not _planned(directory, _plan(target_a, target_b, of_round, order, options)):
+            return load_comparison(directory)
+        rounds_of = _Rounds(target_a, target_b, directory, on_progress, run or default_run(), 2 * rounds + 2)
+        warm = rounds_of.warm_up(of_round)
+        of_round = _at_rate_of(warm, of_round)
+        pairs = [rounds_of.pair(number, first, of_round) for number, first in enumerate(order, start=1)]
+        comparison = dataclasses.replace(
+            _concluded(pairs, options, _server_warnings(target_a, target_b)),
+            profile=profile.as_json(),
+            rounds=rounds,
+            order=order,
+            left_out=_left_out(pairs),
+        )
+        save_comparison(directory, comparison)
     return comparison
 
 
@@ -220,9 +221,9 @@ def _planned(directory: Path, plan: dict[str, Any]) -> bool:
     """
     path = directory / PLAN_FILE
     if not path.exists():
-        write_document(path, PLAN_FORMAT, PLAN_VERSION, plan)
+        write_document(path, PLAN_FORMAT, plan)
         return True
-    there = read_document(path, PLAN_FORMAT, PLAN_VERSION)
+    there = read_document(path, PLAN_FORMAT)
     if there != plan:
         changed = ", ".join(key for key in plan if there.get(key) != plan[key])
         raise ResultsError(

@@ -7,11 +7,11 @@ themselves. ``_live`` makes the runs itself, side by side, which is the better q
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime
 from typing import Any, Literal
 
 from enginesmith_client.perf._errors import ResultsError
 from enginesmith_client.perf._run_files import Run, SavedRun
+from enginesmith_client.perf._saved_files import timestamp
 from enginesmith_client.perf.compare._bootstrap import BlockRatio, Estimator, TwoSampleRatio
 from enginesmith_client.perf.compare._comparison import CompareOptions, Comparison, Side, Verdict
 from enginesmith_client.perf.compare._series import quantile_of, series_of
@@ -120,7 +120,7 @@ def conclude(
         method=method,
         options=options,
         profile=runs_a[0].run.profile,
-        started=datetime.now(UTC).isoformat(timespec="seconds"),
+        started=timestamp(),
     )
 
 

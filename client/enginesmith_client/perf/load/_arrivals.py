@@ -71,9 +71,7 @@ def read_trace(path: Path) -> tuple[Due, ...]:
     try:
         lines = content_of(path, what=TRACE_FILE).decode().splitlines()
     except UnicodeDecodeError as error:
-        raise ProfileError(
-            f"{TRACE_FILE} {path} is not UTF-8: {error.reason} at byte {error.start}", hint=_TRACE_HINT
-        ) from error
+        raise ProfileError(f"{TRACE_FILE} {path} cannot be read: {error}", hint=_TRACE_HINT) from error
     dues: list[Due] = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():

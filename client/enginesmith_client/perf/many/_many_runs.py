@@ -43,7 +43,7 @@ def not_interrupted(saved: SavedRun) -> SavedRun:
     Raises:
         KeyboardInterrupt: it was interrupted.
     """
-    if saved.run.status == "partial" and saved.run.ended_because.startswith("interrupted"):
+    if saved.run.interrupted:
         raise KeyboardInterrupt
     return saved
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,19 +16,25 @@ from pydantic import Field
 
 from enginesmith_client._client import Client
 from enginesmith_client._errors import ConnectError, TritonClientError
-from enginesmith_client.perf._errors import ProfileError
+from enginesmith_client.perf._errors import ProfileError, ResultsError
 from enginesmith_client.perf._profile import Part, Profile, RequestsPart
 from enginesmith_client.perf._profile_file import document_from_file, name_of, profile_from_mapping, validated
 from enginesmith_client.perf._progress import OnProgress, ignore_progress
-from enginesmith_client.perf._run_files import from_plain, read_document, write_document
+from enginesmith_client.perf._saved_files import (
+    Format,
+    from_plain,
+    only_writer,
+    read_document,
+    timestamp,
+    write_document,
+)
 from enginesmith_client.perf._target import Target
 from enginesmith_client.perf.many._fitting import Fitted, Fitting
 from enginesmith_client.perf.many._many_runs import RunProfile, default_run, not_interrupted, part_of
 from enginesmith_client.perf.workload._payload import Kind
 from enginesmith_client.perf.workload._workload import kind_of, subject_of
 
-FORMAT = "enginesmith-bench-suite"
-VERSION = 1
+FORMAT = Format("enginesmith-bench-suite")
 SUITE_FILE = "suite.json"
 BUILT_IN = Path(__file__).parent / "scenarios"
 _KIND_WORDS: dict[Kind, str] = {
@@ -162,35 +167,37 @@ def run_suite(
 
     Raises:
         ProfileError: ``only`` names a scenario that the suite does not have.
+        ResultsError: ``directory`` holds another suite, or something else is measuring into it.
         ConnectError: the server is not there, or went away.
         KeyboardInterrupt: a scenario was interrupted. What was measured before is kept.
     """
-    chosen = _chosen(suite, only)
+    chosen, entries, started = _chosen(suite, only), list[SuiteEntry](), timestamp()
     with Client(target.url) as client:
         subject = subject_of(client, target, RequestsPart())
         kind = kind_of(subject.metadata)
-        config = client.config(target.model, version=target.version)
-        fitting = Fitting(subject, kind, config)
-        result = SuiteResult(
-            name=suite.name,
-            model=target.model,
-            model_version=target.version or max(subject.metadata.versions, key=lambda one: (len(one), one)),
-            url=target.url,
-            kind=kind,
-            status="partial",
-            started=datetime.now(timezone.utc).isoformat(timespec="seconds"),  # noqa: UP017 - the client runs on 3.10
-            scenarios=(),
-        )
+        fitting = Fitting(subject, kind, client.config(target.model, version=target.version))
         measuring = _Measuring(target, directory, on_progress, run or default_run(), fitting, adjust)
-        for number, scenario in enumerate(chosen, 1):
-            reason = _reason_to_skip(scenario, kind, streams=subject.metadata.decoupled)
-            progress = part_of(on_progress, number, len(chosen))
-            entry = (
-                _entry(scenario, "skipped", reason=reason) if reason else measuring.entry(scenario, progress)
-            )
-            status: Literal["complete", "partial"] = "complete" if number == len(chosen) else "partial"
-            result = dataclasses.replace(result, status=status, scenarios=(*result.scenarios, entry))
-            write_document(directory / SUITE_FILE, FORMAT, VERSION, dataclasses.asdict(result))
+        with only_writer(directory):
+            _check_directory(directory, target, suite)
+            for number, scenario in enumerate(chosen, 1):
+                reason = _reason_to_skip(scenario, kind, streams=subject.metadata.decoupled)
+                progress = part_of(on_progress, number, len(chosen))
+                entries.append(
+                    _entry(scenario, "skipped", reason=reason)
+                    if reason
+                    else measuring.entry(scenario, progress)
+                )
+                result = SuiteResult(
+                    name=suite.name,
+                    model=target.model,
+                    model_version=target.version_of(subject.metadata.versions),
+                    url=target.url,
+                    kind=kind,
+                    status="complete" if number == len(chosen) else "partial",
+                    started=started,
+                    scenarios=tuple(entries),
+                )
+                write_document(directory / SUITE_FILE, FORMAT, dataclasses.asdict(result))
     return result
 
 
@@ -200,7 +207,7 @@ def load_suite_result(directory: Path) -> SuiteResult:
     Raises:
         ResultsError: there is nothing, it is damaged, or of another version.
     """
-    return from_plain(SuiteResult, read_document(directory / SUITE_FILE, FORMAT, VERSION))
+    return from_plain(SuiteResult, read_document(directory / SUITE_FILE, FORMAT))
 
 
 @dataclass(frozen=True)
@@ -231,6 +238,18 @@ class _Measuring:
             return _entry(scenario, "failed", reason=str(error), notes=fitted.notes)
         not_interrupted(saved)
         return _entry(scenario, "measured", directory=scenario.name, notes=fitted.notes)
+
+
+def _check_directory(directory: Path, target: Target, suite: Suite) -> None:
+    """Return when what is there may be gone on with: nothing, or the same suite of the same model."""
+    if not (directory / SUITE_FILE).exists():
+        return
+    there = load_suite_result(directory)
+    if (there.name, there.model) != (suite.name, target.model):
+        raise ResultsError(
+            f"{directory} holds suite {there.name} of model {there.model}",
+            hint="give another directory; the same command goes on with the suite that is there",
+        )
 
 
 def _entry(

@@ -9,19 +9,20 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from enginesmith_client.perf._errors import MeasurementError, ProfileError
+from enginesmith_client.perf._errors import MeasurementError, ProfileError, ResultsError
 from enginesmith_client.perf._figures import Quantiles
 from enginesmith_client.perf._profile import ClosedLoad, OpenLoad, Profile, TraceArrivals
 from enginesmith_client.perf._progress import OnProgress, ignore_progress
-from enginesmith_client.perf._run_files import (
-    SavedRun,
-    SloVerdict,
+from enginesmith_client.perf._run_files import SavedRun, SloVerdict
+from enginesmith_client.perf._saved_files import (
+    Format,
     from_plain,
+    only_writer,
     read_document,
+    timestamp,
     write_document,
 )
 from enginesmith_client.perf._target import Target
@@ -36,8 +37,7 @@ from enginesmith_client.perf.many._many_runs import (
 )
 from enginesmith_client.perf.many._sweep_words import words_of
 
-FORMAT = "enginesmith-bench-sweep"
-VERSION = 1
+FORMAT = Format("enginesmith-bench-sweep")
 SWEEP_FILE = "sweep.json"
 SUSTAINED = 0.95
 """Of the offered rate: a server that answers less does not keep up."""
@@ -132,28 +132,23 @@ def sweep(
 
     Raises:
         ProfileError: the profile has a trace, whose load is its own.
+        ResultsError: ``directory`` holds another sweep, or something else is measuring into it.
         TritonClientError: the server or the model is not there, or stopped answering. The points so far are kept.
         KeyboardInterrupt: a point was interrupted. The points so far are kept.
     """
-    if (
-        ladder.axis == "rate"
-        and isinstance(profile.load, OpenLoad)
-        and isinstance(profile.load.arrivals, TraceArrivals)
-    ):
-        raise ProfileError(
-            "a trace has its own rate and cannot be swept over others",
-            hint="give the profile other arrivals, or measure the trace at several `speed`s",
-        )
+    _check_arrivals(profile, ladder)
     measuring = _Measuring(target, profile, directory, on_progress, run or default_run())
-    started = datetime.now(UTC).isoformat(timespec="seconds")
-    ladder = measuring.with_start(ladder)
+    started = timestamp()
     points: list[Point] = []
-    while (load := next_load(ladder, points, slo=_has_slo(profile))) is not None:
-        count = len(ladder.values) or max(_USUAL_POINTS, len(points) + 1)
-        points.append(measuring.point(ladder.axis, load, part=(len(points) + 1, count)))
-        _save(directory, measuring.sweep(ladder, points, started=started, status="partial"))
-    done = measuring.sweep(ladder, points, started=started, status="complete")
-    _save(directory, done)
+    with only_writer(directory):
+        _check_directory(directory, target, profile, ladder)
+        ladder = measuring.with_start(ladder)
+        while (load := next_load(ladder, points, slo=_has_slo(profile))) is not None:
+            count = len(ladder.values) or max(_USUAL_POINTS, len(points) + 1)
+            points.append(measuring.point(ladder.axis, load, part=(len(points) + 1, count)))
+            _save(directory, measuring.sweep(ladder, points, started=started, status="partial"))
+        done = measuring.sweep(ladder, points, started=started, status="complete")
+        _save(directory, done)
     return done
 
 
@@ -163,7 +158,7 @@ def load_sweep(directory: Path) -> Sweep:
     Raises:
         ResultsError: there is none, it is damaged, or of another version.
     """
-    return from_plain(Sweep, read_document(directory / SWEEP_FILE, FORMAT, VERSION))
+    return from_plain(Sweep, read_document(directory / SWEEP_FILE, FORMAT))
 
 
 @dataclass
@@ -244,6 +239,30 @@ class _Measuring:
         return not_interrupted(saved)
 
 
+def _check_arrivals(profile: Profile, ladder: Ladder) -> None:
+    load = profile.load
+    if ladder.axis == "rate" and isinstance(load, OpenLoad) and isinstance(load.arrivals, TraceArrivals):
+        raise ProfileError(
+            "a trace has its own rate and cannot be swept over others",
+            hint="give the profile other arrivals, or measure the trace at several `speed`s",
+        )
+
+
+def _check_directory(directory: Path, target: Target, profile: Profile, ladder: Ladder) -> None:
+    """Return when what is there may be gone on with: nothing, or points of the same model and profile over the same axis."""
+    if not (directory / SWEEP_FILE).exists():
+        return
+    there = load_sweep(directory)
+    before = {"model": there.model, "profile": dict(there.profile), "axis": there.axis}
+    wanted = {"model": target.model, "profile": profile.as_json(), "axis": ladder.axis}
+    changed = [key for key in wanted if before[key] != wanted[key]]
+    if changed:
+        raise ResultsError(
+            f"{directory} holds a sweep with another {' and another '.join(changed)}",
+            hint="give another directory; the same command goes on with the sweep that is there",
+        )
+
+
 def load_words(axis: Axis, load: float) -> str:
     """A load as people say it."""
     return f"{load:g} at a time" if axis == "concurrency" else f"{load:g} requests/s"
@@ -305,4 +324,4 @@ def _highest_within(points: Sequence[Point]) -> Point | None:
 
 
 def _save(directory: Path, found: Sweep) -> None:
-    write_document(directory / SWEEP_FILE, FORMAT, VERSION, dataclasses.asdict(found))
+    write_document(directory / SWEEP_FILE, FORMAT, dataclasses.asdict(found))

@@ -1,20 +1,23 @@
 """Looks at the server, the machine and this process once a second while load runs, and keeps what it sees.
 
 A thread beside the generator of load: a look costs some 3 ms of CPU, most of it in the kernel and in pieces far below a
-millisecond, so that a generator that shares the process hardly feels it. What cannot be seen is missing in the samples; nothing that goes wrong here ends a run. Statistics come
-over the client, the rest from ``/metrics``, from the system and from NVML.
+millisecond, so that a generator that shares the process hardly feels it. What cannot be seen is missing in the samples;
+nothing that goes wrong here ends a run. Statistics come over the client, the rest from ``/metrics``, from the system and
+from NVML.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from enginesmith_client._client import Client
 from enginesmith_client._errors import TritonClientError
 from enginesmith_client._messages import ModelStatistics
+from enginesmith_client.perf._errors import ResultsError
 from enginesmith_client.perf._target import Target
 from enginesmith_client.perf.observe._gpus import Gpus
 from enginesmith_client.perf.observe._processes import (
@@ -40,6 +43,8 @@ class Observer:
         self._interval_s = interval_s
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
+        self._writer: SampleWriter | None = None
+        self._page: MetricsPage | None = None
         self._origin_ns = 0
         self._models: tuple[str, ...] = (target.model,)
         self._samples: list[Sample] = []
@@ -70,14 +75,17 @@ class Observer:
         self._thread.start()
 
     def stop(self) -> None:
-        """Take the last sample. Without effect when it was not started or is stopped."""
-        if self._thread is None or self._ended.is_set():
+        """Take the last sample, if there was a first. Without effect when it is stopped."""
+        if self._ended.is_set():
             return
         self._ended.set()
-        self._thread.join()
-        self._take()
-        self._writer.close()
-        if self._page:
+        if self._thread is not None:
+            self._thread.join()
+            self._take()
+        if self._writer is not None:
+            with self._noting_what_is_lost():
+                self._writer.close()
+        if self._page is not None:
             self._page.close()
 
     def _watch(self) -> None:
@@ -90,10 +98,18 @@ class Observer:
     def _take(self) -> None:
         sample = self._sample()
         self._samples.append(sample)
+        if self._writer is not None:
+            with self._noting_what_is_lost():
+                self._writer.write(sample)
+
+    @contextmanager
+    def _noting_what_is_lost(self) -> Iterator[None]:
         try:
-            self._writer.write(sample)
-        except OSError as error:
-            self._notes.append(f"a sample could not be kept: {error}")
+            yield
+        except ResultsError as error:
+            note = f"samples could not be kept: {error.message}"
+            if note not in self._notes:
+                self._notes.append(note)
 
     def _sample(self) -> Sample:
         begun_ns = time.monotonic_ns()

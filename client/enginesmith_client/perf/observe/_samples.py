@@ -8,18 +8,15 @@ JSON lines like that of the records, written while the run goes on.
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 
 from pydantic import TypeAdapter, ValidationError
 
-from enginesmith_client.perf._errors import ResultsError
+from enginesmith_client.perf._saved_files import Format, LineWriter, read_lines
 
-FORMAT = "enginesmith-bench-samples"
-VERSION = 1
+FORMAT = Format("enginesmith-bench-samples", holds="benchmark samples")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,30 +87,15 @@ class Sample:
 _SAMPLE = TypeAdapter(Sample)
 
 
-class SampleWriter:
-    """Appends samples to a file; each is there at once, for a run that dies."""
+class SampleWriter(LineWriter):
+    """Appends samples to a file; each is there at once, for a run that dies. Errors as ``LineWriter``."""
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("w", encoding="utf-8", buffering=1)
-        self._file.write(json.dumps({"format": FORMAT, "version": VERSION}) + "\n")
+        super().__init__(path, FORMAT, flush_s=0.0)
 
     def write(self, sample: Sample) -> None:
         """Append one."""
-        plain = {name: value for name, value in dataclasses.asdict(sample).items() if value is not None}
-        self._file.write(json.dumps(plain, separators=(",", ":")) + "\n")
-
-    def close(self) -> None:
-        """End the file."""
-        self._file.close()
-
-    def __enter__(self) -> SampleWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
+        self.append({name: value for name, value in dataclasses.asdict(sample).items() if value is not None})
 
 
 def read_samples(path: Path) -> list[Sample]:
@@ -122,38 +104,14 @@ def read_samples(path: Path) -> list[Sample]:
     Raises:
         ResultsError: the file is missing, or is not one of samples, or of another version.
     """
+    return read_lines(path, FORMAT, _sample, item="a sample")
+
+
+def _sample(line: str) -> Sample:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ResultsError(f"{path} cannot be read: {error}") from error
-    _check_header(path, lines[0] if lines else "")
-    return list(_parsed(path, lines))
-
-
-def _parsed(path: Path, lines: Sequence[str]) -> Iterator[Sample]:
-    for number, line in enumerate(lines[1:], start=2):
-        try:
-            yield _SAMPLE.validate_json(line)
-        except ValidationError as error:
-            if number == len(lines) and not line.endswith("\n"):
-                return
-            first = error.errors()[0]
-            raise ResultsError(f"{path}, line {number}: not a sample ({first['msg']})") from error
-
-
-def _check_header(path: Path, line: str) -> None:
-    try:
-        header = json.loads(line)
-        found = (header["format"], header["version"])
-    except (ValueError, TypeError, KeyError) as error:
-        raise ResultsError(
-            f"{path} is not a file of benchmark samples: its first line names no format"
-        ) from error
-    if found != (FORMAT, VERSION):
-        raise ResultsError(
-            f"{path} holds {found[0]} of version {found[1]}; this program reads {FORMAT} of version {VERSION}",
-            hint="measure again with this version, or read it with the version that wrote it",
-        )
+        return _SAMPLE.validate_json(line)
+    except ValidationError as error:
+        raise ValueError(error.errors()[0]["msg"]) from error
 
 
 def around(samples: Iterable[Sample], start_ns: int, end_ns: int) -> tuple[Sample, Sample] | None:

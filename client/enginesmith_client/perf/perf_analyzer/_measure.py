@@ -46,7 +46,7 @@ from enginesmith_client.perf.perf_analyzer._tool import (
 )
 
 if TYPE_CHECKING:
-    from enginesmith_client.perf.workload._workload import Workload
+    from enginesmith_client.perf.workload._payload import Workload
 
 __all__ = [
     "PerfAnalyzer",

@@ -10,7 +10,10 @@ from typing import Any
 from enginesmith_client._codec import text_bytes
 from enginesmith_client._errors import InvalidInput
 from enginesmith_client.perf._errors import ProfileError
+from enginesmith_client.perf._profile_file import content_of
 
+PROMPTS_FILE = "requests.prompts_file"
+"""What the file is called in messages."""
 _KEYS = ("prompt", "max_tokens")
 
 
@@ -29,23 +32,18 @@ def read_prompts(path: Path) -> list[WrittenPrompt]:
         ProfileError: it cannot be read, or a line is not as it must be; names the line.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise ProfileError(
-            f"requests.prompts_file {path} cannot be read: {error.strerror}",
-            hint="paths in a profile are relative to the profile's directory",
-        ) from error
+        lines = content_of(path, what=PROMPTS_FILE).decode().splitlines()
     except UnicodeDecodeError as error:
         raise ProfileError(
-            f"requests.prompts_file {path} is not UTF-8: {error.reason} at byte {error.start}"
+            f"{PROMPTS_FILE} {path} is not UTF-8: {error.reason} at byte {error.start}"
         ) from error
     prompts = [
-        _prompt(line, where=f"requests.prompts_file {path}, line {number}")
+        _prompt(line, where=f"{PROMPTS_FILE} {path}, line {number}")
         for number, line in enumerate(lines, 1)
         if line.strip()
     ]
     if not prompts:
-        raise ProfileError(f"requests.prompts_file {path} holds no prompts")
+        raise ProfileError(f"{PROMPTS_FILE} {path} holds no prompts")
     return prompts
 
 

@@ -24,7 +24,10 @@ from enginesmith_client._codec import NUMPY_TYPES, Array, array_from_bytes
 from enginesmith_client._errors import ServerError
 from enginesmith_client._messages import ModelMetadata, TensorMetadata
 from enginesmith_client.perf._errors import ProfileError
+from enginesmith_client.perf._profile_file import content_of
 
+TENSORS_FILE = "requests.tensors_file"
+"""What the file is called in messages."""
 _FORM = 'a file looks like {"data": [{"INPUT": [1, 2, 3]}, {"INPUT": {"content": [1, 2], "shape": [2]}}]}'
 _TENSOR_KEYS = {"content", "shape", "b64"}
 
@@ -35,19 +38,14 @@ def read_tensors(path: Path, metadata: ModelMetadata) -> list[dict[str, Array]]:
     Raises:
         ProfileError: it cannot be read, or does not fit the model; names the row and the input.
     """
-    where = f"requests.tensors_file {path}"
+    where = f"{TENSORS_FILE} {path}"
     data = _data(path, where)
     return [_row(row, metadata, where=f"{where}, data[{index}]") for index, row in enumerate(data)]
 
 
 def _data(path: Path, where: str) -> list[Any]:
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ProfileError(
-            f"{where} cannot be read: {error.strerror}",
-            hint="paths in a profile are relative to the profile's directory",
-        ) from error
+        document = json.loads(content_of(path, what=TENSORS_FILE))
     except ValueError as error:
         raise ProfileError(f"{where} is not JSON: {error}", hint=_FORM) from error
     data = document.get("data") if isinstance(document, dict) else None
