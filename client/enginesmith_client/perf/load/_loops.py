@@ -26,7 +26,7 @@ from enginesmith_client.perf._progress import OnProgress, Phase, Progress
 from enginesmith_client.perf._records import Record
 from enginesmith_client.perf._run_files import Window
 from enginesmith_client.perf.load._arrivals import due_times
-from enginesmith_client.perf.load._measured import Ending, Measured
+from enginesmith_client.perf.load._measured import SETTLE_NS, Ending, Measured
 from enginesmith_client.perf.load._prepared import Due, Prepared
 from enginesmith_client.perf.load._tally import Tally
 from enginesmith_client.perf.load._timer import Timer
@@ -332,7 +332,9 @@ async def _until_over(
     ended = asyncio.create_task(run.ended.wait())
     try:
         while run.ending is None:
-            await asyncio.wait({sender, writer, ended}, timeout=TICK_S, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(
+                {sender, writer, ended}, timeout=_look_again_s(run), return_when=asyncio.FIRST_COMPLETED
+            )
             _look_at(run, sender, writer, stop)
             reports.tell(run.measured.phase, latest_ns=run.measured.latest_ns)
         window = run.measured.window(run.ended_ns, run.ending)
@@ -359,6 +361,12 @@ async def _until_over(
         reports.cpu_s(window),
         moved_s,
     )
+
+
+def _look_again_s(run: _Load) -> float:
+    """When to look at the load next: soon, and right after its phase can end."""
+    left_s = (run.measured.latest_ns + SETTLE_NS - run.now_ns()) / _NS
+    return min(TICK_S, left_s) if left_s > 0 else TICK_S
 
 
 def _look_at(

@@ -14,7 +14,7 @@ from enginesmith_client.perf._run_files import Window
 from enginesmith_client.perf.load._steady import Windows
 
 _NS = 1_000_000_000
-_SETTLE_NS = 20_000_000
+SETTLE_NS = 20_000_000
 """Answers that came before the end of a window may need this long until they are counted."""
 
 
@@ -81,11 +81,11 @@ class Measured:
             ):
                 self._begin(now_ns)
             return None
-        found = None if self._trace else self._windows.agreed(now_ns - _SETTLE_NS)
+        found = None if self._trace else self._windows.agreed(now_ns - SETTLE_NS)
         if found is not None:
             self._settled = replace(found, start_ns=self._start_ns) if self._cold else found
             return Ending("complete", f"steady: {found.note}")
-        if now_ns - _SETTLE_NS >= self._windows.end_ns:
+        if now_ns - SETTLE_NS >= self._windows.end_ns:
             self._end_ns = self._windows.end_ns
             return Ending("complete", f"max_s: {measure.max_s:g} s were measured")
         return None
