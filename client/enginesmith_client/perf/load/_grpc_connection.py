@@ -71,6 +71,7 @@ class Exchange:
 
     def end(self, status: Status, now_ns: int) -> None:
         """It is over. Only the first status counts."""
+        self.left, self.data = memoryview(b""), bytearray()
         if not self.over.done():
             self.ended_ns = now_ns
             self.over.set_result(status)
@@ -411,8 +412,10 @@ class _Connection(asyncio.Protocol):
         last = http2.number_of(payload)
         for exchange in [one for one in self._exchanges.values() if one.stream > last]:
             self._ended(exchange.stream, Status(None, self._leaving, unsent=True), now_ns)
-        for exchange in self._held:
-            exchange.end(Status(None, self._leaving, unsent=not exchange.stream), now_ns)
+        for exchange in [one for one in self._held if not one.stream]:
+            self._held.remove(exchange)
+            exchange.connection = None
+            exchange.end(Status(None, self._leaving, unsent=True), now_ns)
 
     def _ended(self, stream: int, status: Status, now_ns: int) -> None:
         exchange = self._exchanges.pop(stream, None)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from google.protobuf.message import DecodeError
 from tritonclient.grpc import service_pb2
 
 from enginesmith_client._address import address_from_url
@@ -96,15 +97,28 @@ class Wire:
         # A stream of requests with one request in it looks the same to the server as a single request.
         method = _STREAM if request.streaming else _INFER
         exchange = self._connection.call(method, request.message)
-        finish = self._pieces if request.streaming else self._whole
-        return finish(exchange, request.counts)
+        return self._answer(exchange, request)
 
     async def close(self) -> None:
         """Close the connection; requests that have no answer yet are cancelled."""
         await self._connection.close()
 
-    async def _whole(self, exchange: Exchange, counts: TokenCounts) -> Answer:
+    async def _answer(self, exchange: Exchange, request: Prepared) -> Answer:
         status = await self._over(exchange)
+        read = self._pieces if request.streaming else self._whole
+        try:
+            return read(exchange, status, request.counts)
+        except DecodeError as error:
+            # Words that are not UTF-8, for example: protobuf reads no message with them.
+            return self._failed(
+                error_from_status("internal", f"the answer cannot be read: {error}", call=self._call),
+                exchange,
+            )
+        finally:
+            # The connection knows the call until its time-out is over, and answers may be large.
+            exchange.came.clear()
+
+    def _whole(self, exchange: Exchange, status: Status, counts: TokenCounts) -> Answer:
         if status.code != 0 or not exchange.came:
             return self._failed(self._error(status), exchange)
         came_ns, message = exchange.came[-1]
@@ -115,8 +129,7 @@ class Wire:
             output_tokens = _count(reply, counts.answer_output)
         return Answer("ok", "", came_ns, (), prompt_tokens, output_tokens, exchange.sent_ns)
 
-    async def _pieces(self, exchange: Exchange, counts: TokenCounts) -> Answer:
-        status = await self._over(exchange)
+    def _pieces(self, exchange: Exchange, status: Status, counts: TokenCounts) -> Answer:
         pieces, came_ns = _Pieces(counts), 0
         for came_ns, message in exchange.came:
             answer = service_pb2.ModelStreamInferResponse.FromString(message)
