@@ -165,10 +165,14 @@ def test_time_per_token_counts_tokens_where_a_piece_holds_several() -> None:
 
 
 def test_an_answer_in_one_piece_has_a_first_token_and_no_time_between_tokens() -> None:
-    found = figures([stream(0, 0, [10])])
-    assert found.ttft_ms is not None
-    assert found.itl_ms is None
-    assert found.tpot_ms is None
+    for tokens in (1, 8):
+        found = figures([stream(0, 0, [10], output_tokens=tokens)], slo={"itl_ms": 5})
+        assert found.ttft_ms is not None
+        assert found.itl_ms is None
+        assert found.tpot_ms is None
+        # Nobody waited for a second piece, and nothing is known of how fast tokens come.
+        assert found.good_per_s == 1
+        assert slo_verdicts(found, SloPart(itl_ms=5))[0].met is None
 
 
 def test_models_without_tokens_have_no_figures_of_tokens() -> None:
@@ -258,9 +262,28 @@ def test_slo_without_promises_has_no_verdicts_and_errors_alone_have_one() -> Non
     assert (verdict.measured, verdict.met) == (50, False)
 
 
-def test_percentile_that_cannot_be_told_leaves_the_promise_open() -> None:
-    verdict, _ = slo_verdicts(figures([record(0, 0, 5)]), SloPart(p99_latency_ms=10))
-    assert (verdict.measured, verdict.met) == (None, None)
+@pytest.mark.parametrize(("slowest_ms", "kept"), [(40, True), (41, False)])
+def test_of_fewer_than_a_hundred_answers_the_slowest_decides(slowest_ms: float, kept: bool) -> None:
+    streams = [stream(number, number * 5, [10, 20, 30]) for number in range(98)]
+    found = figures([*streams, stream(98, 500, [slowest_ms - 10, slowest_ms])])
+    slo = SloPart(p99_latency_ms=40, ttft_ms=30, itl_ms=10, min_tokens_per_s=50)
+    verdicts = {one.name: (one.measured, one.met) for one in slo_verdicts(found, slo)}
+    assert found.latency_ms is not None
+    assert found.latency_ms.p99 is None
+    assert verdicts == {
+        "p99_latency_ms": (slowest_ms, kept),
+        "ttft_ms": (slowest_ms - 10, kept),
+        "itl_ms": (10, True),
+        "min_tokens_per_s": (pytest.approx(2000 / slowest_ms), kept),
+        "max_error_percent": (0, True),
+    }
+
+
+def test_of_a_hundred_answers_one_may_break_a_promise_and_two_may_not() -> None:
+    for late, kept in ((1, True), (2, False)):
+        records = [record(number, number, 50 if number < late else 5) for number in range(100)]
+        verdict, _ = slo_verdicts(figures(records), SloPart(p99_latency_ms=10))
+        assert verdict.met is kept
 
 
 times_ms = st.floats(0, 2000, allow_nan=False)

@@ -85,6 +85,8 @@ class Figures:
     """(end - first token) / (output tokens - 1), a value for each request."""
     tokens_per_s_p1: float | None = None
     """Output tokens of a request over its latency: 99% of requests had at least this."""
+    tokens_per_s_min: float | None = None
+    """The same of the slowest request."""
     output_tokens_per_s: float | None = None
     prompt_tokens_per_s: float | None = None
     mean_prompt_tokens: float | None = None

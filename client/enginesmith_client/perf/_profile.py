@@ -181,19 +181,19 @@ class OpenLoad(Part):
 class MeasurePart(Part):
     """How long. A run first warms up, then measures windows until they agree or the time is up."""
 
-    window_s: float = Field(default=5.0, gt=0)
+    window_s: float = Field(default=5.0, ge=0.01)
     windows: int = Field(default=3, ge=1, description="Consecutive windows that must agree.")
     stability_percent: float = Field(
         default=10.0, gt=0, description="Throughput and median latency of each, against their mean."
     )
-    max_s: float = Field(default=60.0, gt=0, description="Longest measurement, without warm-up.")
+    max_s: float = Field(default=60.0, ge=0.01, description="Longest measurement, without warm-up.")
     max_requests: int | None = Field(default=None, ge=1, description="Ends the measurement as well.")
     warmup_s: float = Field(default=2.0, ge=0, description="Shortest warm-up.")
     warmup_requests: int = Field(
         default=1, ge=0, description="Answers that the warm-up waits for at least, for at most max_s."
     )
     timeout_s: float = Field(
-        default=60.0, gt=0, description="Of one request. One that takes longer is an error."
+        default=60.0, ge=0.001, description="Of one request. One that takes longer is an error."
     )
     drain_s: float = Field(
         default=30.0, ge=0, description="How long answers are waited for after the last request."

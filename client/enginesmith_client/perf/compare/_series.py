@@ -10,6 +10,7 @@ import numpy as np
 from enginesmith_client.perf._records import Record
 from enginesmith_client.perf._run_files import Run
 from enginesmith_client.perf.compare._bootstrap import Series
+from enginesmith_client.perf.judge._metrics import tpot_ns
 
 QUANTILES: Mapping[str, float] = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99}
 Pairs: TypeAlias = Iterable[tuple[int, float]]
@@ -52,10 +53,8 @@ def _due(record: Record) -> int:
     return record.due_ns
 
 
-def _tpot_ms(record: Record) -> float | None:
-    if not record.piece_ns or record.output_tokens is None or record.output_tokens < 2:
-        return None
-    return (record.ended_ns - record.piece_ns[0]) / (record.output_tokens - 1) / 1e6
+def _ms(value_ns: float | None) -> float | None:
+    return None if value_ns is None else value_ns / 1e6
 
 
 _COUNTED: Mapping[str, Callable[[Record], float]] = {
@@ -63,7 +62,7 @@ _COUNTED: Mapping[str, Callable[[Record], float]] = {
     "output_tokens_per_s": lambda record: float(record.output_tokens or 0),
 }
 _TIMES: Mapping[str, Callable[[Record], float | None]] = {
-    "latency_ms": lambda record: record.latency_ns / 1e6,
-    "ttft_ms": lambda record: None if record.ttft_ns is None else record.ttft_ns / 1e6,
-    "tpot_ms": _tpot_ms,
+    "latency_ms": lambda record: _ms(record.latency_ns),
+    "ttft_ms": lambda record: _ms(record.ttft_ns),
+    "tpot_ms": lambda record: _ms(tpot_ns(record)),
 }

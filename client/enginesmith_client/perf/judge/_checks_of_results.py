@@ -43,7 +43,10 @@ def too_few_samples(seen: Evidence) -> Check | None:
         limit is not None for limit in (slo.p99_latency_ms, slo.ttft_ms, slo.itl_ms, slo.min_tokens_per_s)
     )
     if asked and count < NEEDED[99.0]:
-        words = f"the SLO asks for the 99th percentile, and {count} answers have none: at least {NEEDED[99.0]:.0f} are needed"
+        words = (
+            f"the SLO asks for the 99th percentile, and {count} answers have none (at least {NEEDED[99.0]:.0f} are needed): "
+            "it was judged by the slowest"
+        )
         return Check("samples", "warning", f"{words}; {more}")
     return None
 

@@ -13,6 +13,8 @@ class TokenCounts:
     answer_output: str | None = None
     counts_pieces: bool = False
     """Whether ``answer_output`` counts the tokens of one response, not of all so far."""
+    pieces_are_tokens: bool = True
+    """Whether each response of a stream counts as a token where there is no ``answer_output``."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -204,7 +204,7 @@ class _Pieces:
         if self.prompt_tokens is None:
             self.prompt_tokens = _count(reply, counts.prompt_output)
         if counts.answer_output is None:
-            self.output_tokens = len(self.came_ns)
+            self.output_tokens = len(self.came_ns) if counts.pieces_are_tokens else None
             return
         count = _count(reply, counts.answer_output)
         if count is not None:

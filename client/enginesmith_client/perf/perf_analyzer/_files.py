@@ -184,7 +184,9 @@ def _count(values: Mapping[str, Any], name: str | None) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
-def records_of(export: Export, *, origin_unix_ns: int, rows: int, streaming: bool) -> list[Record]:
+def records_of(
+    export: Export, *, origin_unix_ns: int, rows: int, streaming: bool, pieces_are_tokens: bool = True
+) -> list[Record]:
     """One for every request of ``export``, times since ``origin_unix_ns``. Due is sent: the loop is closed."""
     records = []
     for number, request in enumerate(export.requests):
@@ -198,9 +200,9 @@ def records_of(export: Export, *, origin_unix_ns: int, rows: int, streaming: boo
                 ended_ns=pieces[-1],
                 rows=rows,
                 prompt_tokens=request.prompt_tokens,
-                output_tokens=request.output_tokens
-                if request.output_tokens is not None or not streaming
-                else len(pieces),
+                output_tokens=len(pieces)
+                if request.output_tokens is None and streaming and pieces_are_tokens
+                else request.output_tokens,
                 piece_ns=pieces if streaming else (),
             )
         )

@@ -163,7 +163,8 @@ def measure_with_perf_analyzer(
         version=target.version,
         encrypted=address.encrypted,
         batch=batch_size(workload.requests) if batched else 1,
-        streaming=workload.streaming,
+        # Whole answers of a decoupled model come over a stream, too.
+        streaming=any(request.streaming for request in workload.requests),
         counts=workload.counts,
         headers=profile.requests.headers,
         window_s=measure.window_s,
@@ -220,7 +221,11 @@ def run_perf_analyzer(
     if origin_ns is None:
         origin_ns = export.requests[0].sent_ns - wall_offset_ns
     records = records_of(
-        export, origin_unix_ns=origin_ns + wall_offset_ns, rows=question.batch, streaming=question.streaming
+        export,
+        origin_unix_ns=origin_ns + wall_offset_ns,
+        rows=question.batch,
+        streaming=question.streaming,
+        pieces_are_tokens=question.counts.pieces_are_tokens,
     )
     untried = (
         f"; perf_analyzer {version} is untried here ({supported_versions()} are)"

@@ -132,6 +132,7 @@ def _amounts(figures: Figures, profile: Mapping[str, Any]) -> Table:
         ("prompt tokens", figures.prompt_tokens_per_s, "per_s"),
         ("output tokens of a request, mean", figures.mean_output_tokens, "plain"),
         ("output tokens per second of a request, p1", figures.tokens_per_s_p1, "per_s"),
+        ("output tokens per second of the slowest request", figures.tokens_per_s_min, "per_s"),
         ("prompt tokens of a request, mean", figures.mean_prompt_tokens, "plain"),
     )
     rows = [(name, quantity(value, unit)) for name, value, unit in named if value is not None]

@@ -64,13 +64,15 @@ def text_workload(subject: Subject) -> Workload:
     )
 
 
-def counts_of(metadata: ModelMetadata) -> TokenCounts:
-    """Where the model says how many tokens there were."""
+def counts_of(metadata: ModelMetadata, *, streaming: bool) -> TokenCounts:
+    """Where the model says how many tokens there were. ``streaming``: whether it is asked for answers in pieces."""
     known = {tensor.name for tensor in metadata.outputs if tensor.datatype == "INT32"}
     return TokenCounts(
         PROMPT_TOKENS if PROMPT_TOKENS in known else None,
         OUTPUT_TOKENS if OUTPUT_TOKENS in known else None,
         dialect_of(metadata).counts_pieces,
+        # A whole answer of a decoupled model is a stream of one response, which is no token.
+        pieces_are_tokens=streaming or not metadata.decoupled or OUTPUT_TOKENS in known,
     )
 
 
@@ -97,7 +99,7 @@ class _Maker:
     def __init__(self, subject: Subject, streaming: bool) -> None:
         self.subject = subject
         self.streaming = streaming
-        self.counts = counts_of(subject.metadata)
+        self.counts = counts_of(subject.metadata, streaming=streaming)
         self.fit = ASSUMED
         options = dialect_of(subject.metadata).options
         self.has = {name for name, tensor in options.items() if subject.metadata.input(tensor) is not None}
