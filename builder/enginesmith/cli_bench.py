@@ -181,7 +181,7 @@ def _require_one_kind(request: BenchRequest) -> None:
 
 def _measure(request: BenchRequest, server: ServerFlags) -> int:
     """The exit status. What can be known to be wrong is found before a server is started."""
-    from enginesmith_client.perf._live import live_display
+    from enginesmith_client.perf._terminal import live_display
 
     plan = _planned(request)
     target = model_and_version(request.model)

@@ -28,7 +28,7 @@ def sweep_tables(found: Sweep) -> Iterator[Table | str]:
     """Every load in its order; the knee and the highest load within the SLO are marked."""
     from rich.table import Table
 
-    from enginesmith_client.perf.report._quantities import quantity
+    from enginesmith_client.perf._quantities import quantity
 
     yield found.title
     table = Table()
@@ -79,7 +79,7 @@ def suite_tables(found: SuiteResult, runs: Mapping[str, Run]) -> Iterator[Table 
 
 
 def _main_figures(run: Run) -> tuple[str, ...]:
-    from enginesmith_client.perf.report._quantities import quantity
+    from enginesmith_client.perf._quantities import quantity
 
     figures = run.figures
     latency, ttft = figures.latency_ms, figures.ttft_ms

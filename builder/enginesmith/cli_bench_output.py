@@ -119,7 +119,7 @@ def run_tables(run: Run) -> Iterator[Table | str]:
     """Figures, distributions, checks and promises of one run; the first line says so where the figures are void."""
     from rich.table import Table
 
-    from enginesmith_client.perf.report._quantities import NOTHING
+    from enginesmith_client.perf._quantities import NOTHING
 
     if run.void:
         yield "VOID: the figures below say nothing about the server"
@@ -169,7 +169,7 @@ def _reasons(run: Run) -> Iterator[str]:
 
 
 def _figure_rows(figures: Figures) -> Iterator[tuple[str, str, str]]:
-    from enginesmith_client.perf.report._quantities import quantity
+    from enginesmith_client.perf._quantities import quantity
 
     failed = ", ".join(f"{count:,} {kind}" for kind, count in figures.errors.items()) or "none"
     counted = f"{figures.requests:,} in {figures.duration_s:.1f} s, failed: {failed}"
@@ -198,7 +198,7 @@ def _figure_rows(figures: Figures) -> Iterator[tuple[str, str, str]]:
 
 
 def _server_rows(figures: Figures) -> Iterator[tuple[str, str, str]]:
-    from enginesmith_client.perf.report._quantities import quantity
+    from enginesmith_client.perf._quantities import quantity
 
     server = figures.server
     if server is None:
@@ -228,7 +228,7 @@ def _server_rows(figures: Figures) -> Iterator[tuple[str, str, str]]:
 
 
 def _usage_rows(figures: Figures) -> Iterator[tuple[str, str, str]]:
-    from enginesmith_client.perf.report._quantities import quantity
+    from enginesmith_client.perf._quantities import quantity
 
     usage = figures.usage
     if usage is None:
@@ -267,7 +267,7 @@ def _shown(values: Quantiles) -> tuple[float | None, ...]:
 
 
 def _time(value_ms: float | None) -> str:
-    from enginesmith_client.perf.report._quantities import quantity
+    from enginesmith_client.perf._quantities import quantity
 
     return quantity(value_ms, "ms")
 

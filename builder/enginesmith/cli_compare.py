@@ -209,7 +209,7 @@ def _saved_runs(directory: Path) -> SavedRun | Sequence[SavedRun]:
 
 
 def _compare_live(request: CompareRequest, flags: ServerFlags) -> Comparison:
-    from enginesmith_client.perf._live import live_display
+    from enginesmith_client.perf._terminal import live_display
     from enginesmith_client.perf.compare._comparison import CompareOptions
     from enginesmith_client.perf.compare._live import DEFAULT_ROUNDS, compare_live
 

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from report_cases import HOSTILE, good_run, samples, tensor_records
 
+from enginesmith_client.perf._quantities import quantity, tick
 from enginesmith_client.perf.report._charts import svg_of
 from enginesmith_client.perf.report._distribution_plots import Times, histogram, latency_cdf, times_of
 from enginesmith_client.perf.report._plots import (
@@ -29,7 +30,6 @@ from enginesmith_client.perf.report._plots import (
     Span,
     Spot,
 )
-from enginesmith_client.perf.report._quantities import quantity, tick
 from enginesmith_client.perf.report._scales import linear_scale, log_scale
 from enginesmith_client.perf.report._timeline_plots import timeline_plots
 

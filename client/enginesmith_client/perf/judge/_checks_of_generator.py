@@ -6,12 +6,12 @@ import mmap
 from collections.abc import Sequence
 
 from enginesmith_client.perf._profile import ClosedLoad
+from enginesmith_client.perf._quantities import byte_size, duration
 from enginesmith_client.perf._records import Record
 from enginesmith_client.perf._run_files import Check
 from enginesmith_client.perf.judge._evidence import Evidence
 from enginesmith_client.perf.judge._metrics import quantiles_ms
 from enginesmith_client.perf.observe._samples import Sample
-from enginesmith_client.perf.report._quantities import byte_size, duration
 
 LAG_VOID_MS, LAG_VOID_SHARE = 5.0, 0.10
 LAG_WARNING_MS, LAG_WARNING_SHARE = 2.0, 0.05

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
+from enginesmith_client.perf._quantities import quantity, tick
 from enginesmith_client.perf.report._forest_chart import forest_of
 from enginesmith_client.perf.report._plots import (
     Axis,
@@ -22,7 +23,6 @@ from enginesmith_client.perf.report._plots import (
     Series,
     Span,
 )
-from enginesmith_client.perf.report._quantities import quantity, tick
 from enginesmith_client.perf.report._scales import Scale, linear_scale, log_scale
 from enginesmith_client.perf.report._svg import LETTER, WIDTH, drawing, element, path, stairs, text, tooltip
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 
 from enginesmith_client.perf._errors import ResultsError
+from enginesmith_client.perf._quantities import Unit, quantity
 from enginesmith_client.perf._run_files import load_run
 from enginesmith_client.perf.compare._comparison import Comparison, MetricComparison, Verdict, load_comparison
 from enginesmith_client.perf.report._distribution_plots import Values, latency_cdf, measured, times_of
 from enginesmith_client.perf.report._model import Code, Report, Section, Statement, Table, Tile
 from enginesmith_client.perf.report._plots import Axis, Forest, ForestRow, Lines, Mark, Plot, Series, Tone
-from enginesmith_client.perf.report._quantities import Unit, quantity
 from enginesmith_client.perf.report._run import circumstances_in, definitions_section, profile_text
 
 _TONES: Mapping[Verdict, Tone] = {"better": "good", "same": "good", "worse": "bad", "inconclusive": "warning"}

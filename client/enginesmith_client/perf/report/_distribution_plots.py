@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from enginesmith_client.perf._quantities import quantity
 from enginesmith_client.perf._records import Record
 from enginesmith_client.perf._run_files import Run
 from enginesmith_client.perf.judge._metrics import NEEDED, population
 from enginesmith_client.perf.report._plots import Axis, Bars, Histogram, Lines, Mark, Plot, Series
-from enginesmith_client.perf.report._quantities import quantity
 
 Values = NDArray[np.float64]
 

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from enginesmith_client.perf._figures import Figures, Quantiles, ServerFigures, UsageFigures
+from enginesmith_client.perf._quantities import NOTHING, Unit, quantity, significant
 from enginesmith_client.perf._run_files import Run, SloVerdict
 from enginesmith_client.perf.report._model import Table, Tile
-from enginesmith_client.perf.report._quantities import NOTHING, Unit, quantity, significant
 
 SLO_NAMES: Mapping[str, tuple[str, Unit]] = {
     "p99_latency_ms": ("latency, p99", "ms"),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
+from enginesmith_client.perf._quantities import quantity
 from enginesmith_client.perf.report._plots import Forest, ForestRow
-from enginesmith_client.perf.report._quantities import quantity
 from enginesmith_client.perf.report._scales import Scale
 from enginesmith_client.perf.report._svg import WIDTH, drawing, element, path, text, tooltip
 

@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterable, Mapping
 from html import escape
 
+from enginesmith_client.perf._quantities import NOTHING
 from enginesmith_client.perf.report._model import Code, Report, Section, Statement, Table
 from enginesmith_client.perf.report._plots import Tone
-from enginesmith_client.perf.report._quantities import NOTHING
 
 _SIGNS: Mapping[Tone, str] = {
     "good": "OK",

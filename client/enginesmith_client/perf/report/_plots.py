@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from enginesmith_client.perf.report._quantities import Unit
+from enginesmith_client.perf._quantities import Unit
 
 Tone: TypeAlias = Literal["plain", "good", "warning", "bad", "void"]
 

@@ -11,12 +11,12 @@ from typing import Any
 import yaml
 
 from enginesmith_client.perf._errors import ResultsError
+from enginesmith_client.perf._quantities import quantity
 from enginesmith_client.perf._run_files import SAMPLES_FILE, Run, SavedRun, load_run
 from enginesmith_client.perf.observe._samples import Sample, read_samples
 from enginesmith_client.perf.report._distribution_plots import distribution_plots, measured, times_of
 from enginesmith_client.perf.report._figures import DEFINITIONS, figure_tables, slo_row, tiles_of
 from enginesmith_client.perf.report._model import Code, Report, Section, Statement, Table
-from enginesmith_client.perf.report._quantities import quantity
 from enginesmith_client.perf.report._timeline_plots import timeline_plots
 
 _LONGEST_VALUE = 300

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from enginesmith_client.perf._errors import ResultsError
+from enginesmith_client.perf._quantities import NOTHING
 from enginesmith_client.perf._run_files import Run, SavedRun, load_run
 from enginesmith_client.perf.many._suite import SuiteEntry, SuiteResult, load_suite_result
 from enginesmith_client.perf.report._distribution_plots import distribution_plots, measured, times_of
 from enginesmith_client.perf.report._figures import SHORT_COLUMNS, figure_tables, short_row
 from enginesmith_client.perf.report._model import Report, Section, Statement, Table, Tile
 from enginesmith_client.perf.report._plots import Plot, Tone
-from enginesmith_client.perf.report._quantities import NOTHING
 from enginesmith_client.perf.report._run import circumstances, definitions_section, reasons_of, verdict_of
 
 

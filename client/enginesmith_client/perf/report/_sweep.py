@@ -6,10 +6,10 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from enginesmith_client.perf._quantities import NOTHING, Unit, quantity
 from enginesmith_client.perf.many._sweep import Point, Sweep, load_sweep
 from enginesmith_client.perf.report._model import Code, Report, Section, Statement, Table, Tile
 from enginesmith_client.perf.report._plots import Axis, Lines, Mark, Plot, Series, Spot
-from enginesmith_client.perf.report._quantities import NOTHING, Unit, quantity
 from enginesmith_client.perf.report._run import circumstances_in, definitions_section, profile_text
 
 

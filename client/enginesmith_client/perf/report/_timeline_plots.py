@@ -9,11 +9,11 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from enginesmith_client.perf._quantities import quantity
 from enginesmith_client.perf._records import Record
 from enginesmith_client.perf._run_files import Run
 from enginesmith_client.perf.observe._samples import Sample
 from enginesmith_client.perf.report._plots import Axis, Lines, Plot, Series, Span
-from enginesmith_client.perf.report._quantities import quantity
 
 _WIDTHS_S = (1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0)
 _MOST_BINS = 150

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO
 
 from enginesmith_client.perf._progress import OnProgress, Progress
-from enginesmith_client.perf.report._quantities import quantity
+from enginesmith_client.perf._quantities import quantity
 
 if TYPE_CHECKING:
     from rich.text import Text

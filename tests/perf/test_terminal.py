@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from enginesmith_client.perf._live import LiveView, ProgressLines, live_display, progress_line, sparkline
 from enginesmith_client.perf._progress import Progress
+from enginesmith_client.perf._terminal import LiveView, ProgressLines, live_display, progress_line, sparkline
 
 MOMENT = Progress(
     phase="measuring",
