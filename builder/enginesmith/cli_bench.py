@@ -5,6 +5,7 @@ Each measures through the harness of the client distribution and prints. stdout 
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -157,11 +158,16 @@ def bench(
         prompt_tokens=prompt_tokens,
         output_tokens=output_tokens,
     )
-    directory = out or Path("bench") / f"{model.replace(':', '-')}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
+    directory = out or Path("bench") / f"{_file_name(model)}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
     request = BenchRequest(model, flags, sweep, suite, only, directory, parquet, compare_to, as_json)
     _require_one_kind(request)
     with client_errors():
         return _measure(request, ServerFlags(url, metrics_url, repository, server))
+
+
+def _file_name(model: str) -> str:
+    """``MODEL:VERSION`` as a part of a file's name: nobody can know what a server calls its models."""
+    return re.sub(r"[^\w.-]", "-", model).lstrip(".")
 
 
 def _require_one_kind(request: BenchRequest) -> None:

@@ -66,10 +66,18 @@ def page(directory: Path, form: Literal["html", "md", "json"]) -> str:
 
 
 def write_pages(directory: Path) -> tuple[Path, ...]:
-    """Write ``report.html`` and ``report.md`` beside the results; where they are."""
+    """Write ``report.html`` and ``report.md`` beside the results; where they are.
+
+    Raises:
+        ResultsError: there are no results, or a page cannot be written.
+    """
+    from enginesmith_client.perf._saved_files import appearing
+
     forms: tuple[Literal["html", "md"], ...] = ("html", "md")
     for form in forms:
-        (directory / f"report.{form}").write_text(page(directory, form), encoding="utf-8")
+        text = page(directory, form)
+        with appearing(directory / f"report.{form}") as staging:
+            staging.write_text(text, encoding="utf-8")
     return tuple(directory / f"report.{form}" for form in forms)
 
 
@@ -103,7 +111,7 @@ def _print(shown: tuple[Table | str, ...]) -> None:
 
 def status_of(run: Run) -> int:
     """0: it may be believed and kept its SLO; 130: interrupted; 1: everything else."""
-    if run.status == "partial" and run.ended_because.startswith("interrupted"):
+    if run.interrupted:
         return INTERRUPTED
     return 1 if run.status == "partial" or any(_reasons(run)) else 0
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from enginesmith_client.perf._errors import ToolError
 from enginesmith_client.perf._run_files import SavedRun
+from enginesmith_client.perf._saved_files import appearing
 
 PARQUET_FILE = "records.parquet"
 
@@ -31,7 +31,7 @@ def write_parquet(saved: SavedRun) -> Path:
 
     Raises:
         ToolError: pyarrow is not installed.
-        ResultsError: the records cannot be read.
+        ResultsError: the records cannot be read, or the table cannot be written.
     """
     require_pyarrow()
     import pyarrow as pa
@@ -54,10 +54,6 @@ def write_parquet(saved: SavedRun) -> Path:
         )
     }
     path = saved.directory / PARQUET_FILE
-    staging = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with appearing(path) as staging:
         pq.write_table(pa.table(columns), staging)
-        os.replace(staging, path)
-    finally:
-        staging.unlink(missing_ok=True)
     return path

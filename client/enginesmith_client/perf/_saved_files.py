@@ -143,14 +143,8 @@ def write_document(path: Path, kind: Format, content: Mapping[str, Any]) -> None
         ResultsError: it cannot be written.
     """
     text = json.dumps(kind.header | dict(content), indent=1, allow_nan=False) + "\n"
-    with _writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        staging = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            staging.write_text(text, encoding="utf-8")
-            os.replace(staging, path)
-        finally:
-            staging.unlink(missing_ok=True)
+    with appearing(path) as staging:
+        staging.write_text(text, encoding="utf-8")
 
 
 def read_document(path: Path, kind: Format) -> dict[str, Any]:
@@ -191,6 +185,23 @@ def from_plain(kind: type[Dataclass], plain: Mapping[str, Any]) -> Dataclass:
 def timestamp() -> str:
     """This moment as results name it: UTC, ISO 8601."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")  # noqa: UP017 - the client runs on 3.10
+
+
+@contextlib.contextmanager
+def appearing(path: Path) -> Iterator[Path]:
+    """Where to write what is to be ``path``: it is there, whole, when the block has ended well, and not before.
+
+    Raises:
+        ResultsError: it cannot be written.
+    """
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staging = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            yield staging
+            os.replace(staging, path)
+        finally:
+            staging.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
