@@ -59,6 +59,7 @@ def test_what_is_left_out_has_its_default() -> None:
         ("load: {loop: open}", "give exactly one of rate_per_s and capacity_factor; seen: none"),
         ("load: {loop: open, rate_per_s: 5, arrivals: {kind: trace, file: a}}", "a trace has its own times; leave out rate_per_s"),
         ("measure: {window_s: true}", "  measure.window_s: must be a valid number (seen: True)"),
+        ("measure: {window_s: 1.0e-12}", "  measure.window_s: must be greater than or equal to 0.01 (seen: 1e-12)"),
         ("start: warmm", "  start: must be 'warm' or 'cold' (seen: 'warmm')"),
         ("name: 5", "  name: must be text; write it in quotes, YAML reads it as something else (seen: 5)"),
         ("name: Ümlaut", "must be made of a-z, 0-9, '.', '_' and '-'"),

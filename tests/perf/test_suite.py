@@ -195,6 +195,8 @@ def test_a_suite_measures_what_fits_and_says_why_it_left_out_the_rest(
 
     run_file = tmp_path / "out" / "one" / "run.json"
     before = run_file.stat().st_mtime_ns
+    with pytest.raises(ResultsError, match="holds suite quick of model tiny"):
+        run_suite(perf_server.target("steady20"), suite, directory=tmp_path / "out")
     again = run_suite(target, suite, directory=tmp_path / "out", only=["one"])
     assert [entry.name for entry in again.scenarios] == ["one"]
     assert run_file.stat().st_mtime_ns == before, "what was measured is not measured again"

@@ -230,6 +230,23 @@ def test_an_interrupted_sweep_goes_on_where_it_was(tmp_path: Path) -> None:
     assert found.status == "complete"
 
 
+@pytest.mark.parametrize(
+    ("target", "profile", "text", "words"),
+    [
+        (Target("other"), CLOSED, "concurrency=1,2", "another model"),
+        (TARGET, WITH_SLO, "concurrency=1,2", "another profile"),
+        (TARGET, CLOSED, "rate=5", "another axis"),
+    ],
+)
+def test_a_directory_holds_one_sweep(
+    tmp_path: Path, target: Target, profile: Profile, text: str, words: str
+) -> None:
+    found = swept(tmp_path, "concurrency=1")
+    with pytest.raises(ResultsError, match=f"holds a sweep with {words}"):
+        sweep(target, profile, ladder_from_text(text), directory=tmp_path, run=server())
+    assert load_sweep(tmp_path) == found
+
+
 def test_a_sweep_on_disk_is_the_one_that_was_returned(tmp_path: Path) -> None:
     found = swept(tmp_path, "concurrency=1..32", profile=WITH_SLO)
     assert load_sweep(tmp_path) == found

@@ -4,10 +4,13 @@ import asyncio
 import os
 import sys
 import time
+from typing import Any
 
+import grpc
 import numpy as np
 import pytest
-from loads import closed, load, profile
+from grpc.framework.foundation import logging_pool
+from loads import closed, constant, load, profile
 from perf_models import PerfServer, tensor_request
 from tritonclient.grpc import service_pb2
 
@@ -59,6 +62,29 @@ def test_a_wire_that_is_closed_answers_that_it_was_cancelled(perf_server: PerfSe
         return await wire.send(tensor_request())
 
     assert asyncio.run(asked()).outcome == "cancelled"
+
+
+class _Unreadable(grpc.GenericRpcHandler):  # type: ignore[misc]
+    """Answers with an error whose words are not UTF-8."""
+
+    def service(self, call: Any) -> Any:
+        return grpc.stream_stream_rpc_method_handler(lambda requests, _: iter([b"\x0a\x02\xff\xfe"]))
+
+
+@pytest.mark.parametrize("wanted", [closed(1), constant(50)])
+def test_an_answer_that_cannot_be_read_is_a_failed_request(wanted: dict[str, Any]) -> None:
+    with logging_pool.pool(2) as pool:
+        server = grpc.server(pool)
+        server.add_generic_rpc_handlers([_Unreadable()])
+        port = server.add_insecure_port("127.0.0.1:0")
+        server.start()
+        try:
+            target = Target("tiny", f"grpc://127.0.0.1:{port}")
+            _, records = load(target, profile(wanted), request=Prepared(b"", streaming=True))
+        finally:
+            server.stop(grace=None).wait()
+    assert {record.outcome for record in records} == {"server"}
+    assert "the answer cannot be read" in records[0].error
 
 
 def test_a_server_that_does_not_accept_connections_is_not_waited_for_without_an_end() -> None:
