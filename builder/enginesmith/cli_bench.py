@@ -16,12 +16,13 @@ from typing import Literal
 import click
 
 from enginesmith.cli_bench_output import INTERRUPTED, tell
-from enginesmith.cli_bench_plans import Plan, plan_run, plan_suite, plan_sweep
+from enginesmith.cli_bench_plans import Plan, plan_run, plan_suite, plan_sweep, with_parquet
 from enginesmith.cli_bench_profile import LoadFlags, profile_from_flags
 from enginesmith.cli_bench_target import (
     ServerFlags,
     client_errors,
     model_and_version,
+    require_served,
     served,
     server_options,
 )
@@ -137,7 +138,8 @@ def bench(
 ) -> int:
     """Measure MODEL under load: throughput, latencies, tokens, goodput, and whether the numbers may be believed.
 
-    Exit status: 0 measured and the SLO kept, 1 SLO missed, void or nothing measured, 130 interrupted (results are kept).
+    Exit status: 0 measured and the SLO kept, 1 SLO missed, void or nothing measured, 5 inconclusive (with
+    --compare-to), 130 interrupted (results are kept).
 
     \b
     Examples:
@@ -190,11 +192,15 @@ def _measure(request: BenchRequest, server: ServerFlags) -> int:
     from enginesmith_client.perf._terminal import live_display
 
     plan = _planned(request)
+    if request.parquet:
+        plan = with_parquet(plan, request.directory)
     target = model_and_version(request.model)
     try:
         with served(server, [target]) as target_of:
+            measured = target_of(*target)
+            require_served(measured)
             with live_display(sys.stderr) as on_progress:
-                outcome = plan(target_of(*target), on_progress)
+                outcome = plan(measured, on_progress)
             return tell(outcome, request.directory, as_json=request.as_json)
     except KeyboardInterrupt:
         kept = request.directory.exists()
@@ -203,19 +209,22 @@ def _measure(request: BenchRequest, server: ServerFlags) -> int:
             err=True,
         )
         if kept and (request.sweep or request.suite):
-            click.echo(f"  hint: the same command with --out {request.directory} continues", err=True)
+            finished = any((request.directory / name).exists() for name in ("sweep.json", "suite.json"))
+            shown = (
+                f"; enginesmith bench-report {request.directory} shows what is finished" if finished else ""
+            )
+            click.echo(f"  hint: the same command with --out {request.directory} continues{shown}", err=True)
         return INTERRUPTED
 
 
 def _planned(request: BenchRequest) -> Plan:
     if request.suite:
         return plan_suite(request.suite, request.load, only=request.only, directory=request.directory)
-    profile = profile_from_flags(request.load)
     if request.sweep:
-        return plan_sweep(request.sweep, profile, directory=request.directory)
-    return plan_run(
-        profile, directory=request.directory, parquet=request.parquet, compare_to=request.compare_to
-    )
+        flags = request.load.of_sweep(request.sweep.partition("=")[0])
+        return plan_sweep(request.sweep, profile_from_flags(flags), directory=request.directory)
+    profile = profile_from_flags(request.load)
+    return plan_run(profile, directory=request.directory, compare_to=request.compare_to)
 
 
 VERBS = (bench,)

@@ -20,28 +20,39 @@ Plan: TypeAlias = "Callable[[Target, OnProgress], Outcome]"
 """Measures, and says what came out."""
 
 
-def plan_run(profile: Profile, *, directory: Path, parquet: bool, compare_to: Path | None) -> Plan:
+def with_parquet(plan: Plan, directory: Path) -> Plan:
+    """``plan``, and then the records of every run in ``directory`` as Parquet too.
+
+    Raises:
+        ToolError: there is no pyarrow.
+    """
+    from enginesmith_client.perf._parquet import require_pyarrow, write_parquet
+    from enginesmith_client.perf._run_files import RUN_FILE, load_run
+
+    require_pyarrow()
+
+    def measure(target: Target, on_progress: OnProgress) -> Outcome:
+        outcome = plan(target, on_progress)
+        for path in sorted(directory.rglob(RUN_FILE)):
+            write_parquet(load_run(path.parent))
+        return outcome
+
+    return measure
+
+
+def plan_run(profile: Profile, *, directory: Path, compare_to: Path | None) -> Plan:
     """One run; compared with the one in ``compare_to``, if that is given.
 
     Raises:
         ResultsError: there is no run in ``compare_to``.
-        ToolchainError: there is no pyarrow.
     """
     from enginesmith_client.perf._run import run_profile
     from enginesmith_client.perf._run_files import load_run
 
     before = load_run(compare_to) if compare_to else None
-    if parquet:
-        from enginesmith_client.perf._parquet import require_pyarrow
-
-        require_pyarrow()
 
     def measure(target: Target, on_progress: OnProgress) -> Outcome:
         saved = run_profile(target, profile, directory=directory, on_progress=on_progress)
-        if parquet:
-            from enginesmith_client.perf._parquet import write_parquet
-
-            write_parquet(saved)
         outcome = Outcome(status_of(saved.run), tuple(status_words(saved.run)), tuple(run_tables(saved.run)))
         return outcome if before is None else _compared(outcome, before, saved)
 

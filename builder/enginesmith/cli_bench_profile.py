@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from enginesmith_client.perf._profile import Profile
 
 _BURST_SIZE = 8
+_REPLACED_RATE_PER_S = 1.0
+"""Of the open loop whose arrivals a sweep over rates takes; the sweep puts its own rates there."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,30 @@ class LoadFlags:
 
     def load_named(self) -> Sequence[str]:
         """The flags that say how requests come."""
-        named = {"--closed": self.closed, "--open": self.open_per_s, "--arrivals": self.arrivals}
+        named = {
+            "--closed": self.closed,
+            "--open": self.open_per_s,
+            "--arrivals": self.arrivals,
+            "--generator": self.generator,
+        }
         return [flag for flag, value in named.items() if value is not None]
+
+    def of_sweep(self, axis: str) -> LoadFlags:
+        """These flags for a sweep over ``axis``, whose loads take the place of the one that a flag could name.
+
+        Raises:
+            UsageError: a flag that would have no effect.
+        """
+        if self.closed is not None or self.open_per_s is not None:
+            flag = "--open" if self.closed is None else "--closed"
+            raise click.UsageError(f"--sweep says which loads are measured: leave out {flag}")
+        if axis == "rate" and self.generator == "perf_analyzer":
+            raise click.UsageError(
+                "perf_analyzer measures closed loops here: sweep concurrency, or leave out --generator"
+            )
+        if axis == "concurrency" and self.arrivals:
+            raise click.UsageError("--arrivals is about an open loop: sweep rate, or leave it out")
+        return replace(self, open_per_s=_REPLACED_RATE_PER_S) if self.arrivals else self
 
 
 def profile_from_flags(flags: LoadFlags) -> Profile:
@@ -48,7 +72,7 @@ def profile_from_flags(flags: LoadFlags) -> Profile:
 
     profile = profile_from_file(_file_of(flags.profile)) if flags.profile else None
     overridden = _overridden({"name": "flags"} if profile is None else profile.as_json(), flags)
-    return profile_from_mapping(overridden, source="the flags on the command line")
+    return profile_from_mapping(overridden, source="what the command line says")
 
 
 def overridden(profile: Profile, flags: LoadFlags) -> Profile:
@@ -59,7 +83,7 @@ def overridden(profile: Profile, flags: LoadFlags) -> Profile:
     """
     from enginesmith_client.perf._profile_file import profile_from_mapping
 
-    return profile_from_mapping(_overridden(profile.as_json(), flags), source="the flags on the command line")
+    return profile_from_mapping(_overridden(profile.as_json(), flags), source="what the command line says")
 
 
 def _file_of(name: str) -> Path:
@@ -77,7 +101,7 @@ def _overridden(keys: Mapping[str, Any], flags: LoadFlags) -> dict[str, Any]:
         if tokens is not None:
             requests[name] = {"kind": "fixed", "tokens": tokens}
     changed = dict(keys) | {"requests": requests}
-    if flags.load_named() or flags.generator:
+    if flags.load_named():
         changed["load"] = _load(keys.get("load", {"loop": "closed", "concurrency": 1}), flags)
     if flags.duration_s is not None:
         changed["measure"] = _measure(keys.get("measure", {}), flags.duration_s)
@@ -129,7 +153,10 @@ def _slo(texts: Sequence[str]) -> dict[str, Any]:
     for text in texts:
         key, equals, value = text.partition("=")
         if not equals and text.endswith((".yaml", ".yml")):
-            promises |= load_spec(Path(text)).slo.model_dump(exclude_none=True)
+            promised = load_spec(Path(text)).slo.model_dump(exclude_none=True)
+            if not promised:
+                raise click.UsageError(f"--slo {text}: this spec has no slo, so nothing is promised")
+            promises |= promised
             continue
         if key not in SloPart.model_fields:
             close = difflib.get_close_matches(key, SloPart.model_fields, n=1)

@@ -122,6 +122,19 @@ def served(flags: ServerFlags, models: Sequence[tuple[str, str]]) -> Iterator[Ma
         server.require_alive("while it was measured")
 
 
+def require_served(*targets: Target) -> None:
+    """Return when all are there. Of several, none must be found missing only after the others were measured.
+
+    Raises:
+        TritonClientError: a server does not answer or does not serve the model.
+    """
+    from enginesmith_client import Client
+
+    for target in targets:
+        with Client(target.url) as client:
+            client.metadata(target.model, version=target.version)
+
+
 @contextmanager
 def _own_server(
     repository: Path, models: Sequence[tuple[str, str]], *, server: str

@@ -17,6 +17,7 @@ from enginesmith.cli_bench_target import (
     ServerFlags,
     client_errors,
     model_and_version,
+    require_served,
     served,
     server_options,
 )
@@ -175,7 +176,8 @@ def _cells(metric: MetricComparison) -> tuple[str, ...]:
 
 
 def _compare_saved(request: CompareRequest, a: Path, b: Path, *, flags: ServerFlags) -> Comparison:
-    from enginesmith_client.perf.compare._comparison import CompareOptions, save_comparison
+    from enginesmith_client.perf._saved_files import only_writer
+    from enginesmith_client.perf.compare._comparison import COMPARISON_FILE, CompareOptions, save_comparison
     from enginesmith_client.perf.compare._saved import compare_saved
 
     live_only = {
@@ -194,7 +196,8 @@ def _compare_saved(request: CompareRequest, a: Path, b: Path, *, flags: ServerFl
         options=CompareOptions(min_effect_percent=request.min_effect_percent),
         force=request.force,
     )
-    save_comparison(request.directory, comparison)
+    with only_writer(request.directory, results_file=COMPARISON_FILE):
+        save_comparison(request.directory, comparison)
     return comparison
 
 
@@ -225,9 +228,11 @@ def _compare_live(request: CompareRequest, flags: ServerFlags) -> Comparison:
     options = CompareOptions(min_effect_percent=request.min_effect_percent)
     sides = [model_and_version(side) for side in (request.a, request.b)]
     with served(flags, sides) as target_of, live_display(sys.stderr) as on_progress:
+        a, b = (target_of(*side) for side in sides)
+        require_served(a, b)
         return compare_live(
-            target_of(*sides[0]),
-            target_of(*sides[1]),
+            a,
+            b,
             profile,
             directory=request.directory,
             rounds=request.rounds or DEFAULT_ROUNDS,
@@ -264,6 +269,7 @@ def bench_report(
       enginesmith bench-report bench/candidate --format html --out candidate.html
     """
     from enginesmith.cli_bench_output import page, write_pages
+    from enginesmith_client.perf._saved_files import appearing
 
     if as_json and form not in (None, "json"):
         raise click.UsageError(f"--json and --format {form} contradict each other")
@@ -275,7 +281,9 @@ def bench_report(
         if form is None:
             click.echo(f"written: {', '.join(str(path) for path in write_pages(directory))}", err=True)
         elif out:
-            out.write_text(page(directory, form), encoding="utf-8")
+            text = page(directory, form)
+            with appearing(out) as staging:
+                staging.write_text(text, encoding="utf-8")
         else:
             click.echo(page(directory, form), nl=False)
 

@@ -209,7 +209,9 @@ class SloPart(Part):
         default=None, gt=0, description="Between two tokens of a request, mean; 99th percentile of requests."
     )
     min_tokens_per_s: float | None = Field(default=None, gt=0, description="Per request.")
-    max_error_percent: float = Field(default=0.0, ge=0, le=100)
+    max_error_percent: float | None = Field(
+        default=None, ge=0, le=100, description="Default: 0 beside other promises."
+    )
 
 
 class PricePart(Part):
@@ -238,3 +240,9 @@ class Profile(Part):
     def as_json(self) -> dict[str, Any]:
         """Plain JSON values, every key written out."""
         return self.model_dump(mode="json")
+
+    def as_kept(self) -> dict[str, Any]:
+        """``as_json`` without the values of headers, which may be secrets and must not be in results."""
+        kept = self.as_json()
+        kept["requests"]["headers"] = dict.fromkeys(self.requests.headers, "not kept")
+        return kept

@@ -81,11 +81,12 @@ def run_profile(
         KeyboardInterrupt: it was interrupted before there was anything to keep.
     """
     title = title or f"{profile.name}, {_load_words(profile)}"
-    with Client(target.url, timeout_s=max(profile.measure.timeout_s, 60.0)) as client:
+    timeout_s = max(profile.measure.timeout_s, 60.0)
+    with Client(target.url, timeout_s=timeout_s, headers=profile.requests.headers or None) as client:
         metadata = client.metadata(target.model, version=target.version)
         version = target.version_of(metadata.versions)
         digest = _digest(target, profile, version)
-        with only_writer(directory):
+        with only_writer(directory, results_file=RUN_FILE):
             there = _finished_run(directory, digest, reuse=reuse)
             if there is not None:
                 return there
@@ -278,10 +279,12 @@ class _Measurement:
 
     def _load_again(self) -> float:
         """Unload and load the model; how long loading took, in seconds."""
-        model = self.target.model
+        model, version = self.target.model, self.target.version
+        # The server may have been told to serve a version that its repository's configuration does not name.
+        config = self.client.config(model, version=version) if version else None
         self.client.unload(model, timeout_s=_LOAD_TIMEOUT_S)
         begun_s = time.monotonic()
-        self.client.load(model, timeout_s=_LOAD_TIMEOUT_S)
+        self.client.load(model, config=config, timeout_s=_LOAD_TIMEOUT_S)
         self.client.wait_ready(model, timeout_s=_LOAD_TIMEOUT_S)
         return time.monotonic() - begun_s
 
@@ -345,7 +348,7 @@ def _judged(
         model=target.model,
         model_version=version,
         url=target.url,
-        profile=profile.as_json(),
+        profile=profile.as_kept(),
         profile_digest=digest,
         started=measured.started,
         generator=generator,

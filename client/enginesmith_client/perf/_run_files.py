@@ -68,7 +68,7 @@ class Run:
     model_version: str
     url: str
     profile: Mapping[str, Any]
-    """Every key, as ``Profile.as_json`` gives it."""
+    """Every key, as ``Profile.as_kept`` gives it."""
     profile_digest: str
     """SHA-256 of the profile, the model and its version: what can take another run's place."""
     started: str

@@ -23,6 +23,14 @@ from pydantic import TypeAdapter, ValidationError
 from enginesmith_client.perf._errors import ResultsError
 
 LOCK_FILE = ".lock"
+KINDS = {
+    "comparison.json": "a comparison",
+    "plan.json": "a comparison",
+    "sweep.json": "a sweep",
+    "suite.json": "a suite",
+    "run.json": "a run",
+}
+"""What a directory of results holds, by the file that tells."""
 # Small, because a load is on its way while it is written out.
 _BUFFER_BYTES = 1 << 16
 _line = json.JSONEncoder(separators=(",", ":")).encode
@@ -205,12 +213,16 @@ def appearing(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def only_writer(directory: Path) -> Iterator[None]:
+def only_writer(directory: Path, *, results_file: str = "") -> Iterator[None]:
     """Make ``directory``, and keep all others from measuring into it while the block runs.
 
+    Args:
+        results_file: what will hold the results; one of ``KINDS``, whose others must not be there then.
+
     Raises:
-        ResultsError: another process (or thread) measures into it, or it cannot be written.
+        ResultsError: another process (or thread) measures into it, it holds results of another kind, or it cannot be written.
     """
+    _check_kind(directory, results_file)
     with _writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
         lock = (directory / LOCK_FILE).open("a", encoding="utf-8")
@@ -221,6 +233,17 @@ def only_writer(directory: Path) -> Iterator[None]:
                 hint="wait until it is done, or give another directory",
             )
         yield
+
+
+def _check_kind(directory: Path, results_file: str) -> None:
+    wanted = KINDS.get(results_file)
+    there = next(
+        (kind for name, kind in KINDS.items() if kind != wanted and (directory / name).exists()), None
+    )
+    if wanted is not None and there is not None:
+        raise ResultsError(
+            f"{directory} holds {there} already, and cannot hold {wanted} too", hint="give another directory"
+        )
 
 
 def _locked(descriptor: int) -> bool:

@@ -85,7 +85,7 @@ def compare_live(
     _check(target_a, target_b, profile, rounds)
     order = random_order(rounds, seed=options.seed)
     of_round = _round_profile(profile, round_s or profile.measure.window_s)
-    with only_writer(directory):
+    with only_writer(directory, results_file=COMPARISON_FILE):
         if not _planned(directory, _plan(target_a, target_b, of_round, order, options)):
             return load_comparison(directory)
         rounds_of = _Rounds(target_a, target_b, directory, on_progress, run or default_run(), 2 * rounds + 2)
@@ -94,7 +94,7 @@ def compare_live(
         pairs = [rounds_of.pair(number, first, of_round) for number, first in enumerate(order, start=1)]
         comparison = dataclasses.replace(
             _concluded(pairs, options, _server_warnings(target_a, target_b)),
-            profile=profile.as_json(),
+            profile=profile.as_kept(),
             rounds=rounds,
             order=order,
             left_out=_left_out(pairs),

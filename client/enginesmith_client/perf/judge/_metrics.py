@@ -109,7 +109,7 @@ def tpot_ns(record: Record) -> float | None:
 
 
 def slo_verdicts(figures: Figures, slo: SloPart) -> tuple[SloVerdict, ...]:
-    """What became of each promise; none where the SLO makes none. A profile that only forbids errors makes none.
+    """What became of each promise; none where the SLO makes none. Beside others, no request may fail unless it says so.
 
     A promise is kept when at most one of a hundred broke it. Of fewer than a hundred, that is none: the slowest decides.
     """
@@ -127,10 +127,11 @@ def slo_verdicts(figures: Figures, slo: SloPart) -> tuple[SloVerdict, ...]:
         least = figures.tokens_per_s_p1 or figures.tokens_per_s_min
         kept = None if least is None else least >= slo.min_tokens_per_s
         verdicts.append(SloVerdict("min_tokens_per_s", slo.min_tokens_per_s, least, kept))
-    if verdicts or slo.max_error_percent:
+    if verdicts or slo.max_error_percent is not None:
+        most = slo.max_error_percent or 0.0
         failed = 100 * sum(figures.errors.values()) / figures.requests if figures.requests else None
-        kept = None if failed is None else failed <= slo.max_error_percent
-        verdicts.append(SloVerdict("max_error_percent", slo.max_error_percent, failed, kept))
+        kept = None if failed is None else failed <= most
+        verdicts.append(SloVerdict("max_error_percent", most, failed, kept))
     return tuple(verdicts)
 
 

@@ -177,7 +177,7 @@ def run_suite(
         kind = kind_of(subject.metadata)
         fitting = Fitting(subject, kind, client.config(target.model, version=target.version))
         measuring = _Measuring(target, directory, on_progress, run or default_run(), fitting, adjust)
-        with only_writer(directory):
+        with only_writer(directory, results_file=SUITE_FILE):
             _check_directory(directory, target, suite)
             for number, scenario in enumerate(chosen, 1):
                 reason = _reason_to_skip(scenario, kind, streams=subject.metadata.decoupled)

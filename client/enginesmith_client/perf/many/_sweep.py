@@ -140,7 +140,7 @@ def sweep(
     measuring = _Measuring(target, profile, directory, on_progress, run or default_run())
     started = timestamp()
     points: list[Point] = []
-    with only_writer(directory):
+    with only_writer(directory, results_file=SWEEP_FILE):
         _check_directory(directory, target, profile, ladder)
         ladder = measuring.with_start(ladder)
         while (load := next_load(ladder, points, slo=_has_slo(profile))) is not None:
@@ -222,7 +222,7 @@ class _Measuring:
                 ordered, highest=highest, knee=knee, has_slo=_has_slo(self.profile), axis=ladder.axis
             ),
             status=status,
-            profile=self.profile.as_json(),
+            profile=self.profile.as_kept(),
             started=started,
         )
 
@@ -254,7 +254,7 @@ def _check_directory(directory: Path, target: Target, profile: Profile, ladder: 
         return
     there = load_sweep(directory)
     before = {"model": there.model, "profile": dict(there.profile), "axis": there.axis}
-    wanted = {"model": target.model, "profile": profile.as_json(), "axis": ladder.axis}
+    wanted = {"model": target.model, "profile": profile.as_kept(), "axis": ladder.axis}
     changed = [key for key in wanted if before[key] != wanted[key]]
     if changed:
         raise ResultsError(
