@@ -191,8 +191,11 @@ def test_broken_promises_are_named_with_their_numbers(directory: Path) -> None:
 
 def test_a_promise_that_could_not_be_measured_is_not_kept(directory: Path) -> None:
     report_cases.short_run(directory)
+    saved = load_run(directory)
+    unknown = SloVerdict("ttft_ms", 500.0, None, None)
+    save_run(directory, dataclasses.replace(saved.run, slo=(unknown,)))
     promise = report_of(directory).verdict[1]
-    assert promise.words == "Whether the SLO was kept is not known: latency, p99 could not be measured."
+    assert promise.words == "Whether the SLO was kept is not known: TTFT, p99 could not be measured."
 
 
 def test_names_from_outside_are_only_text(directory: Path) -> None:
