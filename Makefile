@@ -36,7 +36,7 @@ bench: setup ## the standard profile against the demo's model in a tritonserver 
 	$(BIN)/enginesmith build models/smollm2-135m.yaml --variant int4-awq --publish $(REPOSITORY)
 	$(BIN)/enginesmith bench smollm2-135m-int4-awq --repository $(REPOSITORY) --profile standard --slo models/smollm2-135m.yaml
 
-benchmarks: setup ## run the benchmarks whose results are committed in benchmarks/results
+benchmarks: setup ## the benchmarks of the served models, recorded in benchmarks/results (others by name: benchmarks/README.md)
 	$(BIN)/python benchmarks/run.py
 
 browser: ## Chromium, in which the tests open reports: kept if one is there, else installed by apt-get as root

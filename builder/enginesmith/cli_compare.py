@@ -214,7 +214,7 @@ def _saved_runs(directory: Path) -> SavedRun | Sequence[SavedRun]:
 def _compare_live(request: CompareRequest, flags: ServerFlags) -> Comparison:
     from enginesmith_client.perf._terminal import live_display
     from enginesmith_client.perf.compare._comparison import CompareOptions
-    from enginesmith_client.perf.compare._live import DEFAULT_ROUNDS, compare_live
+    from enginesmith_client.perf.compare._live import DEFAULT_ROUNDS, compare_live, require_rounds
 
     if request.force:
         raise click.UsageError("--force is about saved runs; A and B are models here")
@@ -224,6 +224,8 @@ def _compare_live(request: CompareRequest, flags: ServerFlags) -> Comparison:
                 f"{side} is {'a directory' if Path(side).is_dir() else 'no directory'}: "
                 "give two directories of saved runs, or two models"
             )
+    rounds = request.rounds or DEFAULT_ROUNDS
+    require_rounds(rounds)
     profile = profile_from_flags(request.load)
     options = CompareOptions(min_effect_percent=request.min_effect_percent)
     sides = [model_and_version(side) for side in (request.a, request.b)]
@@ -235,7 +237,7 @@ def _compare_live(request: CompareRequest, flags: ServerFlags) -> Comparison:
             b,
             profile,
             directory=request.directory,
-            rounds=request.rounds or DEFAULT_ROUNDS,
+            rounds=rounds,
             round_s=request.round_s,
             options=options,
             on_progress=on_progress,

@@ -11,7 +11,7 @@ import numpy as np
 import recorded_runs
 
 from enginesmith_client.perf._figures import Figures, ServerFigures
-from enginesmith_client.perf._profile import Profile, SloPart
+from enginesmith_client.perf._profile import Profile
 from enginesmith_client.perf._records import Record, RecordWriter
 from enginesmith_client.perf._run_files import (
     RECORDS_FILE,
@@ -208,7 +208,7 @@ def short_run(directory: Path) -> SavedRun:
     records = [
         Record(number, number * 10**9, number * 10**9, number * 10**9 + 5_000_000) for number in range(4)
     ]
-    promised = CLOSED.model_copy(update={"slo": SloPart(ttft_ms=3)})
+    promised = CLOSED | {"slo": {"ttft_ms": 3}}
     return save(directory, records, promised, with_samples=False)
 
 

@@ -297,6 +297,14 @@ def test_a_wrong_command_line_is_one_message_and_exit_status_2(
     assert words in said.err
 
 
+@pytest.mark.parametrize("model", ["../../escaped", "/tmp/escaped", "..", ".hidden"])
+def test_a_model_is_no_path_in_the_name_of_a_directory(model: str) -> None:
+    from enginesmith.cli_bench import _file_name
+
+    name = Path("bench", f"{_file_name(model)}-now")
+    assert (name.parent, name.name.startswith(".")) == (Path("bench"), False)
+
+
 def test_the_version_of_a_model_is_a_number(bench: Bench) -> None:
     said = bench("bench", "steady20:new")
     assert (said.status, said.out) == (2, "")

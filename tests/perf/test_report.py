@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Callable
@@ -16,7 +17,14 @@ import yaml
 
 from enginesmith_client.perf._errors import ResultsError
 from enginesmith_client.perf._profile import Profile
-from enginesmith_client.perf._run_files import RECORDS_FILE, RUN_FILE, SAMPLES_FILE
+from enginesmith_client.perf._run_files import (
+    RECORDS_FILE,
+    RUN_FILE,
+    SAMPLES_FILE,
+    SloVerdict,
+    load_run,
+    save_run,
+)
 from enginesmith_client.perf.report._figures import SLO_NAMES
 from enginesmith_client.perf.report._report import as_json, html, markdown, report_of
 from enginesmith_client.perf.report._run import profile_text
@@ -195,7 +203,10 @@ def test_a_promise_that_could_not_be_measured_is_not_kept(directory: Path) -> No
     unknown = SloVerdict("ttft_ms", 500.0, None, None)
     save_run(directory, dataclasses.replace(saved.run, slo=(unknown,)))
     promise = report_of(directory).verdict[1]
-    assert promise.words == "Whether the SLO was kept is not known: TTFT, p99 could not be measured."
+    assert (
+        promise.words
+        == "Whether the SLO was kept is not known: time to first token, p99 could not be measured."
+    )
 
 
 def test_names_from_outside_are_only_text(directory: Path) -> None:

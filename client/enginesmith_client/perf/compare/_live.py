@@ -164,9 +164,14 @@ def _name(number: int, side: str) -> str:
     return f"round-{number:02}-{side}"
 
 
-def _check(target_a: Target, target_b: Target, profile: Profile, rounds: int) -> None:
+def require_rounds(rounds: int) -> None:
+    """Raise ``ProfileError`` for fewer rounds than a verdict needs."""
     if rounds < MIN_ROUNDS:
         raise ProfileError(f"a comparison needs at least {MIN_ROUNDS} rounds; seen: {rounds}")
+
+
+def _check(target_a: Target, target_b: Target, profile: Profile, rounds: int) -> None:
+    require_rounds(rounds)
     same_model = (target_a.url, target_a.model) == (target_b.url, target_b.model)
     if profile.start == "cold" and same_model:
         raise ProfileError(

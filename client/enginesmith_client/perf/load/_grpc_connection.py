@@ -21,6 +21,8 @@ from enginesmith_client.perf.load._http2_frames import FramingError
 _NS = 1_000_000_000
 _REPLENISH_BYTES = 2**30
 _GRPC_DEADLINE_EXCEEDED = 4
+_REFUSAL_PAUSE_S = 0.002
+_MAX_REFUSALS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +48,10 @@ class Exchange:
         "data",
         "ended_ns",
         "left",
+        "message",
         "over",
         "path",
+        "refusals",
         "sent_ns",
         "stream",
         "window_bytes",
@@ -56,9 +60,11 @@ class Exchange:
     def __init__(self, path: bytes, data: bytes, over: asyncio.Future[Status]) -> None:
         self.path = path
         """The header block of its method."""
-        self.left = memoryview(data)
+        self.message = memoryview(data)
+        self.left = self.message
         """What is still to be sent."""
         self.over = over
+        self.refusals = 0
         self.stream = 0
         self.connection: _Connection | None = None
         self.window_bytes = 0
@@ -71,7 +77,8 @@ class Exchange:
 
     def end(self, status: Status, now_ns: int) -> None:
         """It is over. Only the first status counts."""
-        self.left, self.data = memoryview(b""), bytearray()
+        self.message = self.left = memoryview(b"")
+        self.data = bytearray()
         if not self.over.done():
             self.ended_ns = now_ns
             self.over.set_result(status)
@@ -351,11 +358,7 @@ class _Connection(asyncio.Protocol):
         elif kind == http2.PING and not flags & http2.ACK:
             self._write(http2.frame(http2.PING, http2.ACK, 0, payload))
         elif kind == http2.RST_STREAM:
-            self._ended(
-                stream,
-                Status(None, f"the server reset the stream (HTTP/2 error {http2.number_of(payload)})"),
-                now_ns,
-            )
+            self._take_reset(stream, http2.number_of(payload), now_ns)
         elif kind == http2.GOAWAY:
             self._take_goaway(payload, now_ns)
 
@@ -406,6 +409,25 @@ class _Connection(asyncio.Protocol):
                 self._frame_bytes = value
         self._write(http2.frame(http2.SETTINGS, http2.ACK, 0))
         self._send_held()
+
+    def _take_reset(self, stream: int, error: int, now_ns: int) -> None:
+        refused = error == http2.REFUSED_STREAM
+        exchange = self._exchanges.get(stream)
+        if refused and exchange is not None and exchange.refusals < _MAX_REFUSALS:
+            # The server did not look at it (RFC 9113, 8.7): it counts streams as open that are over here already.
+            del self._exchanges[stream]
+            if exchange in self._held:
+                self._held.remove(exchange)
+            exchange.refusals += 1
+            exchange.stream, exchange.left = 0, exchange.message
+            self._held.appendleft(exchange)
+            asyncio.get_running_loop().call_later(_REFUSAL_PAUSE_S, self._send_held)
+            return
+        self._ended(
+            stream,
+            Status(None, f"the server reset the stream (HTTP/2 error {error})", unsent=refused),
+            now_ns,
+        )
 
     def _take_goaway(self, payload: bytes, now_ns: int) -> None:
         self._leaving = "the server is going away"
