@@ -154,6 +154,32 @@ def test_python_measures_itself_on_a_model_of_a_millisecond_and_says_whom_to_tru
     assert "client-cpu" not in dataclasses.replace(fast, generator="perf_analyzer").checks()
 
 
+@pytest.mark.parametrize(
+    ("client_s_per_s", "server_s_per_s", "severity"),
+    [(0.4, 1.4, "void"), (0.2, 1.6, "warning"), (0.08, 1.8, None), (0.4, 0.9, None)],
+)
+def test_a_generator_that_takes_scarce_cpu_from_its_server_measures_itself(
+    client_s_per_s: float, server_s_per_s: float, severity: str | None
+) -> None:
+    def busy(sample: Sample) -> Sample:
+        at_s = sample.at_ns / S
+        both_s_per_s = client_s_per_s + server_s_per_s
+        return dataclasses.replace(
+            sample, server_cpu_s=server_s_per_s * at_s, machine_busy_s=(both_s_per_s + 0.1) * at_s
+        )
+
+    case = Case(
+        load={**CLOSED, "concurrency": 16},
+        per_s=500,
+        latency_ms=30,
+        client_cpu_s=10 * client_s_per_s,
+        change_sample=busy,
+    )
+    check = case.checks().get("client-cpu")
+    assert (check.severity if check else None) == severity
+    assert check is None or "were short of CPU, and it took" in check.words
+
+
 def test_saturated_client_voids_a_closed_loop_however_slow_the_model() -> None:
     check = Case(load={**CLOSED, "concurrency": 64}, per_s=50, latency_ms=1000, client_cpu_s=8.8).checks()[
         "client-cpu"

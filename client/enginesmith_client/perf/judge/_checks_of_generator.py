@@ -18,6 +18,7 @@ LAG_WARNING_MS, LAG_WARNING_SHARE = 2.0, 0.05
 LEAST_RATE_SHARE = 0.98
 BUSY_PERCENT = 85.0
 OWN_VOID_SHARE, OWN_WARNING_SHARE = 0.15, 0.08
+SHORT_OF_CPU_SHARE, LEAST_BUSY_PERCENT = 0.85, 10.0
 OTHERS_PERCENT, STOLEN_PERCENT, FULL_PERCENT = 10.0, 2.0, 90.0
 LEAST_OBSERVED_S = 0.5
 WALL_JUMP_S, SUSPENDED_S = 0.5, 0.05
@@ -69,10 +70,13 @@ def client_cpu(seen: Evidence) -> Check | None:
     cpu_ms = 1e3 * seen.client_cpu_s / sum(len(one.piece_ns) or 1 for one in ended)
     busy_percent = 100 * seen.client_cpu_s / seen.window_s
     share = cpu_ms * _waiting_turns(seen, busy_percent) / time_ms
-    words = (
-        f"this program spent {duration(cpu_ms)} of CPU on each {unit} and was busy {busy_percent:.0f}% of the time; "
-        f"about {100 * min(share, 1.0):.0f}% of the median {name} of {duration(time_ms)} is its own"
-    )
+    taken = _taken_from_server(seen) if busy_percent > LEAST_BUSY_PERCENT else 0.0
+    words = f"this program spent {duration(cpu_ms)} of CPU on each {unit} and was busy {busy_percent:.0f}% of the time; "
+    if taken > share:
+        words += f"server and generator were short of CPU, and it took {100 * taken:.0f}% of what they had"
+    else:
+        words += f"about {100 * min(share, 1.0):.0f}% of the median {name} of {duration(time_ms)} is its own"
+    share = max(share, taken)
     if busy_percent > BUSY_PERCENT or share > OWN_VOID_SHARE:
         if seen.closed:
             words += f": on a model this fast Python measures itself; {_PERF_ANALYZER}"
@@ -81,6 +85,20 @@ def client_cpu(seen: Evidence) -> Check | None:
     if share > OWN_WARNING_SHARE:
         return Check("client-cpu", "warning", f"{words}; to be exact, {_PERF_ANALYZER}")
     return None
+
+
+def _taken_from_server(seen: Evidence) -> float:
+    """The part of the CPU time left to server and generator that the generator used; 0 where they did not use all of it."""
+    if seen.around is None:
+        return 0.0
+    before, after = seen.around
+    if before.server_cpu_s is None or after.server_cpu_s is None:
+        return 0.0
+    ours_s = after.client_cpu_s - before.client_cpu_s
+    both_s = ours_s + after.server_cpu_s - before.server_cpu_s
+    others_s = max(0.0, after.machine_busy_s - before.machine_busy_s - both_s)
+    left_s = after.machine_total_s - before.machine_total_s - others_s
+    return ours_s / both_s if both_s > 0 and both_s > SHORT_OF_CPU_SHARE * left_s else 0.0
 
 
 def machine_cpu(seen: Evidence) -> Check | None:
