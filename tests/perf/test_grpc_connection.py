@@ -2,8 +2,10 @@
 
 import asyncio
 import contextlib
+import gc
+import struct
 import threading
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from concurrent import futures
 from typing import Any, TypeVar
 
@@ -242,6 +244,140 @@ def test_a_server_that_speaks_something_else_is_an_answer_and_not_a_hang() -> No
 
     status = asyncio.run(main())
     assert status.code is None
+
+
+Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
+def against(
+    serve: Serve, act: Callable[[GrpcConnection], Coroutine[Any, Any, Result]], *, timeout_s: float = 20
+) -> Result:
+    """What ``act`` comes to with a server that is written frame by frame; its connections are gone afterwards."""
+
+    async def main() -> Result:
+        writers: list[asyncio.StreamWriter] = []
+
+        async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writers.append(writer)
+            with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+                await serve(reader, writer)
+
+        server = await asyncio.start_server(answer, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        connection = GrpcConnection(
+            address_from_url(f"grpc://127.0.0.1:{port}"), timeout_s=timeout_s, headers={}
+        )
+        try:
+            return await asyncio.wait_for(act(connection), 20)
+        finally:
+            await connection.close()
+            for writer in writers:
+                writer.transport.abort()
+            server.close()
+            await server.wait_closed()
+
+    return asyncio.run(main())
+
+
+async def next_frame(reader: asyncio.StreamReader, *kinds: int) -> http2.Frame:
+    """The next frame of one of ``kinds``; others are passed over."""
+    while True:
+        head = await reader.readexactly(http2.FRAME_HEAD_BYTES)
+        payload = await reader.readexactly(int.from_bytes(head[:3], "big"))
+        if head[3] in kinds:
+            return head[3], head[4], int.from_bytes(head[5:], "big"), payload
+
+
+def settings(**values: int) -> bytes:
+    """The first frame of a server, with settings by the names of ``_http2_frames``."""
+    pairs = ((getattr(http2, name), value) for name, value in values.items())
+    return http2.frame(http2.SETTINGS, 0, 0, b"".join(struct.pack(">HI", *pair) for pair in pairs))
+
+
+def answered(stream: int) -> bytes:
+    """An empty message, and that all is well."""
+    block = http2.header_block([("grpc-status", "0")])
+    return http2.frame(http2.DATA, 0, stream, http2.framed(b"")) + http2.frame(
+        http2.HEADERS, http2.END_HEADERS | http2.END_STREAM, stream, block
+    )
+
+
+def test_a_server_that_goes_away_gets_no_call_any_more_and_the_next_ones_find_another_connection() -> None:
+    begun: list[int] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        begun.append(0)
+        await reader.readexactly(24)
+        writer.write(settings(MAX_CONCURRENT_STREAMS=2))
+        if len(begun) == 1:
+            writer.write(answered((await next_frame(reader, http2.HEADERS))[2]))
+            streams = [(await next_frame(reader, http2.HEADERS))[2] for _ in range(2)]
+            # It has looked at the first of two, and a third waits for room.
+            writer.write(http2.frame(http2.GOAWAY, 0, 0, struct.pack(">II", streams[0], 0)))
+            begun[0] = (await next_frame(reader, http2.HEADERS))[2]
+        while True:
+            writer.write(answered((await next_frame(reader, http2.HEADERS))[2]))
+
+    async def act(connection: GrpcConnection) -> list[Status]:
+        await asked(connection, "echo")
+        first, *others = [connection.call("/test/echo", b"") for _ in range(3)]
+        unsent = [await one.over for one in others]
+        later = await connection.call("/test/echo", b"").over
+        # Still under way on a connection that nothing else begins on.
+        assert not first.over.done()
+        return [*unsent, later]
+
+    assert against(serve, act) == [Status(None, "the server is going away", unsent=True)] * 2 + [OK]
+    assert begun == [0, 0]
+
+
+def test_a_server_that_takes_nothing_does_not_keep_a_connection_from_closing() -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readexactly(24)
+        most = http2.MAX_WINDOW_BYTES - http2.DEFAULT_WINDOW_BYTES
+        writer.write(settings(INITIAL_WINDOW_SIZE=http2.MAX_WINDOW_BYTES) + http2.window_update(0, most))
+        await next_frame(reader, http2.HEADERS)
+
+    async def act(connection: GrpcConnection) -> Status:
+        connection.call("/test/echo", LARGE * 32)
+        await asyncio.sleep(0)
+        status: Status = await connection.call("/test/echo", b"").over
+        return status
+
+    assert against(serve, act, timeout_s=0.3).code == grpc.StatusCode.DEADLINE_EXCEEDED.value[0]
+
+
+def test_what_is_cancelled_half_way_is_not_sent_on() -> None:
+    seen: list[int] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readexactly(24)
+        writer.write(settings(INITIAL_WINDOW_SIZE=1000))
+        _, _, cancelled, _ = await next_frame(reader, http2.RST_STREAM)
+        writer.write(http2.window_update(cancelled, 1000))
+        _, _, stream, _ = await next_frame(reader, http2.HEADERS, http2.DATA)
+        seen.extend((cancelled, stream))
+        writer.write(answered(stream))
+
+    async def act(connection: GrpcConnection) -> Status:
+        exchange = connection.call("/test/echo", LARGE)
+        while exchange.connection is None:
+            await asyncio.sleep(0)
+        exchange.cancel()
+        return (await asked(connection, "echo"))[0]
+
+    assert against(serve, act) == OK
+    assert seen == [1, 3]
+
+
+def test_calls_that_are_over_are_forgotten_before_their_time_is() -> None:
+    async def act(connection: GrpcConnection) -> int:
+        for _ in range(100):
+            await asked(connection, "echo")
+        return sum(isinstance(one, Exchange) for one in gc.get_objects())
+
+    with served({"echo": echo}) as (url, _):
+        assert connected(url, act) < 10
 
 
 @given(

@@ -23,6 +23,8 @@ _REPLENISH_BYTES = 2**30
 _GRPC_DEADLINE_EXCEEDED = 4
 _REFUSAL_PAUSE_S = 0.002
 _MAX_REFUSALS = 10
+_CLOSE_S = 1.0
+"""How long what was written may take to leave when a connection is closed: a server that stands still takes nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +111,8 @@ class GrpcConnection:
         self._clock = clock
         self._paths: dict[str, bytes] = {}
         self._connection: _Connection | None = None
+        self._left: list[_Connection] = []
+        """Earlier ones on which no call begins any more, and some may still go on."""
         self._connecting: asyncio.Task[None] | None = None
         self._waiting: deque[Exchange] = deque()
         self._expiring: deque[tuple[int, Exchange]] = deque()
@@ -148,8 +152,8 @@ class GrpcConnection:
         if self._connecting is not None:
             self._connecting.cancel()
             await asyncio.wait({self._connecting})
-        if self._connection is not None:
-            await self._connection.close()
+        for connection in (*self._left, *((self._connection,) if self._connection else ())):
+            await connection.close()
         while self._waiting:
             self._waiting.popleft().end(Status(1, "the connection was closed"), self._clock())
 
@@ -190,9 +194,13 @@ class GrpcConnection:
         except OSError as error:
             self._refuse(str(error))
             return
+        self._left = [one for one in (*self._left, self._connection) if one is not None and not one.lost]
         self._connection = made
         while self._waiting:
-            made.send(self._waiting.popleft())
+            exchange = self._waiting.popleft()
+            # Connecting may have taken longer than the call was to be waited for.
+            if not exchange.over.done():
+                made.send(exchange)
 
     def _refuse(self, words: str) -> None:
         now_ns = self._clock()
@@ -201,6 +209,9 @@ class GrpcConnection:
 
     def _expire_later(self, at_ns: int, exchange: Exchange) -> None:
         # The time-out is the same for all, so they expire in the order in which they were sent: one timer is enough.
+        # Those that are over leave a few at a time: all at once, the many of a whole time-out would hold up the next ones.
+        while self._expiring and self._expiring[0][1].over.done():
+            self._expiring.popleft()
         self._expiring.append((at_ns, exchange))
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(self._timeout_ns / _NS, self._expire)
@@ -246,14 +257,23 @@ class _Connection(asyncio.Protocol):
         """Whether calls can begin here."""
         return self._transport is not None and not self._leaving
 
+    @property
+    def lost(self) -> bool:
+        """Whether it is over, and nothing goes on here."""
+        return self._lost.done()
+
     async def close(self) -> None:
         """End it, and all that is under way."""
         self._leaving = self._leaving or "the connection was closed"
+        self._end_unbegun(Status(1, "the connection was closed"), self._clock())
         for exchange in list(self._exchanges.values()):
             self.forget(exchange)
             exchange.end(Status(1, "the connection was closed"), self._clock())
         if self._transport is not None:
             self._transport.close()
+            await asyncio.wait({self._lost}, timeout=_CLOSE_S)
+        if self._transport is not None:
+            self._transport.abort()
             await self._lost
 
     def send(self, exchange: Exchange) -> None:
@@ -267,11 +287,11 @@ class _Connection(asyncio.Protocol):
     def forget(self, exchange: Exchange) -> None:
         """Nobody waits for the call any more."""
         exchange.connection = None
+        if exchange.left and exchange in self._held:
+            self._held.remove(exchange)
         if self._exchanges.pop(exchange.stream, None) is not None:
             self._write(http2.reset(exchange.stream))
             self._send_held()
-        elif exchange in self._held:
-            self._held.remove(exchange)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """As ``asyncio.Protocol``."""
@@ -413,7 +433,8 @@ class _Connection(asyncio.Protocol):
     def _take_reset(self, stream: int, error: int, now_ns: int) -> None:
         refused = error == http2.REFUSED_STREAM
         exchange = self._exchanges.get(stream)
-        if refused and exchange is not None and exchange.refusals < _MAX_REFUSALS:
+        again = refused and not self._leaving
+        if again and exchange is not None and exchange.refusals < _MAX_REFUSALS:
             # The server did not look at it (RFC 9113, 8.7): it counts streams as open that are over here already.
             del self._exchanges[stream]
             if exchange in self._held:
@@ -432,12 +453,17 @@ class _Connection(asyncio.Protocol):
     def _take_goaway(self, payload: bytes, now_ns: int) -> None:
         self._leaving = "the server is going away"
         last = http2.number_of(payload)
+        status = Status(None, self._leaving, unsent=True)
+        self._end_unbegun(status, now_ns)
         for exchange in [one for one in self._exchanges.values() if one.stream > last]:
-            self._ended(exchange.stream, Status(None, self._leaving, unsent=True), now_ns)
+            self._ended(exchange.stream, status, now_ns)
+
+    def _end_unbegun(self, status: Status, now_ns: int) -> None:
+        """Before the others end, which would give these room to begin."""
         for exchange in [one for one in self._held if not one.stream]:
             self._held.remove(exchange)
             exchange.connection = None
-            exchange.end(Status(None, self._leaving, unsent=True), now_ns)
+            exchange.end(status, now_ns)
 
     def _ended(self, stream: int, status: Status, now_ns: int) -> None:
         exchange = self._exchanges.pop(stream, None)

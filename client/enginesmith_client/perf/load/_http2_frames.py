@@ -199,6 +199,6 @@ def take_messages(buffer: bytearray) -> Iterator[bytes]:
 def status_of(trailers: Headers) -> tuple[int, str]:
     """The number and the words of gRPC's status; 2, UNKNOWN, where the other side is no gRPC server."""
     code = trailers.get("grpc-status", "")
-    if not code.isdigit():
+    if not code.isdecimal():
         return 2, f"no gRPC status came, but HTTP status {trailers.get(':status', 'unknown')}"
     return int(code), unquote(trailers.get("grpc-message", ""))
