@@ -171,6 +171,13 @@ def test_weighted_quantiles_are_those_of_values_that_are_written_out(count: int,
         assert value == written_out[math.ceil(quantile * len(written_out)) - 1]
 
 
+def test_a_run_of_a_few_bursts_has_a_wide_interval_and_not_an_endless_one() -> None:
+    bursts = Series(np.repeat([0.1, 0.5, 0.9], 16), np.full(48, 1.0))
+    found = BlockRatio(bursts, bursts, quantile=None, seed=1, resamples=2000).interval(0.95)
+    assert 0.5 < math.exp(found.low) * math.exp(found.high) < 2
+    assert 2 < math.exp(found.high) < 1e4
+
+
 def test_runs_without_values_are_refused() -> None:
     nothing = Series(np.array([]), np.array([]))
     with pytest.raises(ValueError, match="nothing to compare"):

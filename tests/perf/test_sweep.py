@@ -90,7 +90,8 @@ def test_a_ladder_is_read_from_the_command_line(text: str, values: tuple[float, 
 @pytest.mark.parametrize(
     "text",
     ["", "auto", "threads=1,2", "concurrency=", "concurrency=a", "concurrency=1.5", "concurrency=0", "rate=-1",
-     "rate=5..1", "rate=nan", "rate=inf", "concurrency=2,2", "concurrency=1..inf"],
+     "rate=5..1", "rate=nan", "rate=inf", "concurrency=2,2", "concurrency=1..inf", "concurrency=nan",
+     "concurrency=1,inf", "rate=1e-300..1e300"],
 )  # fmt: skip
 def test_what_is_no_ladder_is_refused(text: str) -> None:
     with pytest.raises(ProfileError):

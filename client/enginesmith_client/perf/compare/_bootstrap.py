@@ -28,6 +28,7 @@ SLICES = 200
 BLOCK_SLICES = 10
 """Consecutive slices that are drawn together: 20 blocks make a window."""
 _LEAST_SPREAD = 0.1
+_LEAST_DRAWN = 1e-3
 _STRETCHES = 1000
 
 
@@ -138,7 +139,8 @@ class BlockRatio:
                 raise ValueError("there is nothing to compare: a run has no positive value")
             drawn = _statistics(series, _block_weights(rng, resamples), quantile)
             estimates.append(np.log(whole))
-            logs.append(np.log(np.maximum(drawn, np.finfo(float).tiny)))
+            # The drawn blocks of a run of a few bursts may hold no answer at all, which has no logarithm.
+            logs.append(np.log(np.maximum(drawn, _LEAST_DRAWN * whole)))
         self.estimate = float(estimates[1] - estimates[0])
         self._moved = logs[1] - logs[0] - self.estimate
 

@@ -60,7 +60,7 @@ class Ladder:
         given = [*self.values, *(value for value in (self.start, self.maximum) if value is not None)]
         wrong = [value for value in given if not (math.isfinite(value) and value > 0)]
         if self.axis == "concurrency":
-            wrong += [value for value in given if value != int(value) and value not in wrong]
+            wrong += [value for value in given if math.isfinite(value) and value != int(value)]
         if wrong:
             kind = "a whole number, 1 or more" if self.axis == "concurrency" else "a number above 0"
             raise ProfileError(f"a {self.axis} is {kind}; seen: {wrong[0]:g}")
@@ -102,7 +102,7 @@ def ladder_from_text(text: str) -> Ladder:
         values = (
             _doubled(float(low), float(high)) if dots else tuple(float(part) for part in loads.split(","))
         )
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise ProfileError(
             f"the loads of a sweep are numbers, auto, or LOW..HIGH; seen: {loads!r}"
         ) from error
