@@ -345,6 +345,26 @@ def test_a_record_that_cannot_be_written_ends_the_run(perf_server: PerfServer) -
         load(perf_server.target("tiny"), profile(closed(2), max_s=60, window_s=60), write=full)
 
 
+@pytest.mark.parametrize("count", [1, 4])
+def test_a_record_that_cannot_be_written_at_the_end_is_not_passed_over(
+    perf_server: PerfServer, count: int
+) -> None:
+    phases = ["measuring"]
+
+    def full(_: Record) -> None:
+        if phases[-1] == "draining":
+            raise OSError("no space left on device")
+
+    with pytest.raises(OSError, match="no space left"):
+        load(
+            perf_server.target("tokens"),
+            profile(closed(count)),
+            request=text_request("one", tokens=400),
+            write=full,
+            on_progress=lambda progress: phases.append(progress.phase),
+        )
+
+
 def test_the_interpreter_is_as_before_when_the_last_of_several_runs_is_over(perf_server: PerfServer) -> None:
     def state() -> tuple[Any, ...]:
         return gc.isenabled(), sys.getswitchinterval(), signal.getsignal(signal.SIGINT), gc.get_freeze_count()

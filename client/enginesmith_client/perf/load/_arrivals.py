@@ -26,6 +26,7 @@ from enginesmith_client.perf.load._prepared import Due
 
 _NS = 1_000_000_000
 _CHUNK = 1024
+_LONGEST_S = 1e9
 _KEYS = ("at_s", "prompt_tokens", "output_tokens")
 TRACE_FILE = "the trace"
 """What the file is called in messages."""
@@ -112,8 +113,10 @@ def _due(line: str, *, where: str) -> Due:
             f"{where}: unknown key {unknown[0]!r}; allowed: {', '.join(_KEYS)}", hint=_TRACE_HINT
         )
     at_s = fields.get("at_s")
-    if isinstance(at_s, bool) or not isinstance(at_s, (int, float)) or not 0 <= at_s < math.inf:
-        raise ProfileError(f"{where}: at_s must be a number of at least 0; seen: {at_s!r}", hint=_TRACE_HINT)
+    if isinstance(at_s, bool) or not isinstance(at_s, (int, float)) or not 0 <= at_s <= _LONGEST_S:
+        raise ProfileError(
+            f"{where}: at_s must be a number from 0 to {_LONGEST_S:g}; seen: {at_s!r}", hint=_TRACE_HINT
+        )
     prompt_tokens, output_tokens = (_tokens(fields, key, where=where) for key in _KEYS[1:])
     return Due(round(at_s * _NS), prompt_tokens, output_tokens)
 

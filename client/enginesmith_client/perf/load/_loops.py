@@ -17,7 +17,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 
@@ -339,8 +339,6 @@ async def _until_over(
             reports.tell(run.measured.phase, latest_ns=run.measured.latest_ns)
         window = run.measured.window(run.ended_ns, run.ending)
         await _drain(run, reports)
-        if run.failure is not None:
-            raise run.failure
     finally:
         run.end(_INTERRUPTED)
         # A task that is cancelled before its first step would leave no record.
@@ -348,8 +346,9 @@ async def _until_over(
         for task in (sender, writer, ended, *run.answering):
             task.cancel()
         await asyncio.gather(sender, writer, ended, *run.answering, return_exceptions=True)
-        if not writer.done() or writer.cancelled():
+        if writer.cancelled():
             run.write_rest()
+    _raise_failure(run, sender, writer)
     reports.tell("done", latest_ns=None)
     moved_s = (time.time() - run.origin_unix_s) - run.now_ns() / _NS
     return Loop(
@@ -373,11 +372,7 @@ def _look_at(
     run: _Load, sender: asyncio.Future[object], writer: asyncio.Task[None], stop: asyncio.Event | None
 ) -> None:
     """End the load when it is time."""
-    for task in (sender, writer):
-        if task.done() and not task.cancelled() and (error := task.exception()) is not None:
-            raise error
-    if run.failure is not None:
-        raise run.failure
+    _raise_failure(run, sender, writer)
     now_ns = run.now_ns()
     if stop is not None and stop.is_set():
         run.end(_INTERRUPTED)
@@ -387,6 +382,17 @@ def _look_at(
         run.end(ending)
     if sender.done():
         run.end(Ending("complete", "the trace is over"))
+
+
+def _raise_failure(run: _Load, *tasks: asyncio.Future[Any]) -> None:
+    """Raise what a task or an answer ended with that is no answer: a disk that is full, a defect of ours."""
+    for task in tasks:
+        error = task.exception() if task.done() and not task.cancelled() else None
+        # A gather that was cancelled has that for its exception.
+        if error is not None and not isinstance(error, asyncio.CancelledError):
+            raise error
+    if run.failure is not None:
+        raise run.failure
 
 
 async def _drain(run: _Load, reports: _Reports) -> None:
