@@ -26,7 +26,7 @@ from enginesmith.cli_bench_target import (
     served,
     server_options,
 )
-from enginesmith.cli_options import JSON_OPTION
+from enginesmith.cli_options import JSON_OPTION, POSITIVE
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,11 @@ class BenchRequest:
 
 def load_options(command: Callable[..., int]) -> Callable[..., int]:
     """The options that make ``LoadFlags``."""
-    positive = click.FloatRange(min=0, min_open=True)
     for option in (
         click.option("--output-tokens", type=click.IntRange(min=1), help="Of every answer."),
         click.option("--prompt-tokens", type=click.IntRange(min=1), help="Of every prompt."),
-        click.option("--duration-s", type=positive, help="Longest measurement, without warm-up."),
-        click.option("--price", "price_per_hour", type=positive, metavar="PER_HOUR", help="Of the machine."),
+        click.option("--duration-s", type=POSITIVE, help="Longest measurement, without warm-up."),
+        click.option("--price", "price_per_hour", type=POSITIVE, metavar="PER_HOUR", help="Of the machine."),
         click.option(
             "--slo",
             multiple=True,
@@ -71,7 +70,7 @@ def load_options(command: Callable[..., int]) -> Callable[..., int]:
         click.option(
             "--open",
             "open_per_s",
-            type=positive,
+            type=POSITIVE,
             metavar="RATE",
             help="Open loop: so many requests a second.",
         ),

@@ -106,7 +106,8 @@ def _print(shown: tuple[Table | str, ...]) -> None:
     # A pipe has no width of its own; a table must not be cut there.
     console = Console(width=None if sys.stdout.isatty() else 160)
     for one in shown:
-        console.print(one, markup=False, highlight=False)
+        # Lines are not broken: a command has to be copied as it is.
+        console.print(one, markup=False, highlight=False, soft_wrap=isinstance(one, str))
 
 
 def status_of(run: Run) -> int:
@@ -136,7 +137,7 @@ def run_tables(run: Run) -> Iterator[Table | str]:
     if run.command:
         yield f"command: {run.command}"
     figures = Table(show_header=False)
-    for row in _figure_rows(run.figures):
+    for row in _figure_rows(run.figures, (run.profile.get("price") or {}).get("currency", "")):
         figures.add_row(*row)
     yield figures
     times = Table()
@@ -158,7 +159,7 @@ def run_tables(run: Run) -> Iterator[Table | str]:
         for heading in ("promise", "limit", "measured", ""):
             promises.add_column(heading, justify="right" if heading in ("limit", "measured") else "left")
         for verdict in run.slo:
-            measured = NOTHING if verdict.measured is None else f"{verdict.measured:.4g}"
+            measured = NOTHING if verdict.measured is None else _plain(verdict.measured)
             promises.add_row(verdict.name, f"{verdict.limit:g}", measured, _kept(verdict))
         yield promises
 
@@ -170,13 +171,13 @@ def _reasons(run: Run) -> Iterator[str]:
     if run.void:
         yield f"void: {', '.join(check.rule for check in run.checks if check.severity == 'void')}"
     for verdict in run.slo:
-        if verdict.met is False:
-            yield f"SLO missed: {verdict.name} is {verdict.measured:.4g}, the limit is {verdict.limit:g}"
+        if verdict.met is False and verdict.measured is not None:
+            yield f"SLO missed: {verdict.name} is {_plain(verdict.measured)}, the limit is {verdict.limit:g}"
         elif verdict.met is None:
             yield f"SLO not judged: {verdict.name} could not be measured"
 
 
-def _figure_rows(figures: Figures) -> Iterator[tuple[str, str, str]]:
+def _figure_rows(figures: Figures, currency: str) -> Iterator[tuple[str, str, str]]:
     from enginesmith_client.perf._quantities import quantity
 
     failed = ", ".join(f"{count:,} {kind}" for kind, count in figures.errors.items()) or "none"
@@ -202,7 +203,7 @@ def _figure_rows(figures: Figures) -> Iterator[tuple[str, str, str]]:
         ("million requests", figures.cost_per_million_requests),
     ):
         if cost is not None:
-            yield f"cost per {name}", f"{cost:,.4g}", ""
+            yield f"cost per {name}", f"{cost:,.4g} {currency}", ""
 
 
 def _server_rows(figures: Figures) -> Iterator[tuple[str, str, str]]:
@@ -278,6 +279,11 @@ def _time(value_ms: float | None) -> str:
     from enginesmith_client.perf._quantities import quantity
 
     return quantity(value_ms, "ms")
+
+
+def _plain(value: float) -> str:
+    """Four digits or more, never with an exponent as long as the number can be read without one."""
+    return f"{value:.0f}" if 1e4 <= abs(value) < 1e15 else f"{value:.4g}"
 
 
 def _kept(verdict: SloVerdict) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -71,7 +72,7 @@ def profile_from_flags(flags: LoadFlags) -> Profile:
     from enginesmith_client.perf._profile_file import profile_from_file, profile_from_mapping
 
     profile = profile_from_file(_file_of(flags.profile)) if flags.profile else None
-    overridden = _overridden({"name": "flags"} if profile is None else profile.as_json(), flags)
+    overridden = _overridden({"name": "load"} if profile is None else profile.as_json(), flags)
     return profile_from_mapping(overridden, source="what the command line says")
 
 
@@ -164,8 +165,20 @@ def _slo(texts: Sequence[str]) -> dict[str, Any]:
                 f"--slo {text}: {key!r} is no promise of an SLO{f'; did you mean {close[0]!r}?' if close else ''}; "
                 f"give one of {', '.join(SloPart.model_fields)} with =VALUE, or the file of a spec"
             )
-        try:
-            promises[key] = float(value)
-        except ValueError as error:
-            raise click.UsageError(f"--slo {text}: {value!r} is no number") from error
+        promises[key] = _finite(value, text)
     return promises
+
+
+def _finite(value: str, text: str) -> float:
+    """The number after ``=``.
+
+    Raises:
+        UsageError: it is none, or nan, or infinite.
+    """
+    try:
+        number = float(value)
+    except ValueError as error:
+        raise click.UsageError(f"--slo {text}: {value!r} is no number") from error
+    if not math.isfinite(number):
+        raise click.UsageError(f"--slo {text}: {value!r} is no finite number")
+    return number

@@ -21,7 +21,7 @@ from enginesmith.cli_bench_target import (
     served,
     server_options,
 )
-from enginesmith.cli_options import JSON_OPTION
+from enginesmith.cli_options import JSON_OPTION, POSITIVE, FiniteRange
 from enginesmith.errors import OperatorError
 
 if TYPE_CHECKING:
@@ -57,19 +57,19 @@ class CompareRequest:
 @click.option(
     "--open",
     "open_per_s",
-    type=click.FloatRange(min=0, min_open=True),
+    type=POSITIVE,
     metavar="RATE",
     help="Open loop: so many requests a second.",
 )
-@click.option("--rounds", type=click.IntRange(min=1), help="Pairs of runs. [default: 12]")
+@click.option("--rounds", type=int, metavar="N", help="Pairs of runs, 6 or more. [default: 12]")
 @click.option(
     "--round-s",
-    type=click.FloatRange(min=0, min_open=True),
+    type=POSITIVE,
     help="Measured time of one run. [default: window_s of the profile]",
 )
 @click.option(
     "--min-effect-percent",
-    type=click.FloatRange(min=0, max=100, min_open=True, max_open=True),
+    type=FiniteRange(min=0, max=100, min_open=True, max_open=True),
     default=2.0,
     show_default=True,
     help="Smaller differences do not matter.",
@@ -154,6 +154,8 @@ def comparison_tables(comparison: Comparison) -> Iterator[Table | str]:
     from rich.table import Table
 
     yield f"B: {comparison.b.title}, against A: {comparison.a.title}"
+    if not comparison.metrics:
+        return
     table = Table()
     for heading in ("figure", "A", "B", "B / A", "interval", "verdict", ""):
         table.add_column(heading, justify="right" if heading in ("A", "B", "B / A") else "left")
@@ -218,8 +220,10 @@ def _compare_live(request: CompareRequest, flags: ServerFlags) -> Comparison:
 
     if request.force:
         raise click.UsageError("--force is about saved runs; A and B are models here")
-    for side in (request.a, request.b):
-        if "/" in side or Path(side).is_dir():
+    # The side that is not there first: it is more often the mistake than the directory beside it.
+    for side in sorted((request.a, request.b), key=lambda side: Path(side).is_dir()):
+        other_is_saved = Path(request.b if side == request.a else request.a).is_dir()
+        if "/" in side or other_is_saved or Path(side).is_dir():
             raise click.UsageError(
                 f"{side} is {'a directory' if Path(side).is_dir() else 'no directory'}: "
                 "give two directories of saved runs, or two models"

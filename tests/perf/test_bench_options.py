@@ -45,10 +45,13 @@ def bench(
             "perf_analyzer measures closed loops here: sweep concurrency",
         ),
         (("--suite", "standard", "--generator", "perf_analyzer"), "leave out --generator"),
+        (("--slo", "ttft_ms=nan"), "--slo ttft_ms=nan: 'nan' is no finite number"),
+        (("--open", "inf"), "inf is no finite number"),
+        (("--duration-s", "nan"), "nan is no finite number"),
         (("--slo", str(SPECS / "minilm-l6.yaml")), "this spec has no slo, so nothing is promised"),
     ],
 )
-def test_an_option_that_would_have_no_effect_is_refused(
+def test_an_option_that_has_no_effect_or_no_meaning_is_refused(
     bench: Bench, arguments: tuple[str, ...], words: str
 ) -> None:
     said = bench("bench", "steady20", *arguments)

@@ -294,6 +294,33 @@ def test_a_stall_is_seen_in_the_timeline(tmp_path: Any) -> None:
     assert all((value or 0) < 2000 for second, value in p99.items() if second != 20.0)
 
 
+def test_a_part_of_the_run_is_drawn_to_its_end_also_where_no_request_was_due_after_it(tmp_path: Any) -> None:
+    saved = good_run(tmp_path)
+    records = [one for one in saved.records() if not 10 <= one.due_ns / 1e9 < 12]
+    last = records[-1]
+    records[-1] = type(last)(last.number, last.due_ns, last.sent_ns, last.ended_ns + 5 * 10**9)
+    latency = next(
+        plot for plot in timeline_plots(saved.run, records, []) if plot.title == "Latency over time"
+    )
+    assert isinstance(latency, Lines)
+    p50 = latency.series[0]
+    shown = [(at, value) for at, value in zip(p50.x, p50.y, strict=True) if value is not None]
+    assert [at for at, _ in shown if 9 < at <= 12] == [10.0, 12.0]
+    assert shown[-1][0] > records[-1].due_ns / 1e9
+    assert shown[-1][1] == shown[-2][1]
+
+
+def test_the_ring_of_the_knee_does_not_go_through_the_label_of_its_point() -> None:
+    def label_y(*spots: Spot) -> float:
+        series = Series("p50", (1.0, 2.0), (10.0, 20.0), short_labels=("first", "second"))
+        plot = Lines("Load", "two", Axis("x", "plain"), Axis("y", "ms"), (series,), spots=spots)
+        found = re.search(r'<text[^>]* y="([\d.]+)"[^>]*>first<', svg_of(plot))
+        assert found
+        return float(found[1])
+
+    assert label_y() - label_y(Spot(1.0, 10.0, "knee")) > 3
+
+
 def test_a_server_that_began_anew_leaves_a_gap_not_a_negative_cpu(tmp_path: Any) -> None:
     saved = good_run(tmp_path)
     seen = samples()

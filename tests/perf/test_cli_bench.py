@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -14,10 +15,12 @@ from pathlib import Path
 import pytest
 from bench_command import SHORT, Bench, measuring
 from perf_models import MODELS, PerfServer
+from recorded_runs import figures, saved_run
 
+from enginesmith.cli_bench_output import _print, run_tables, status_words
 from enginesmith.triton.server import TritonServer
 from enginesmith_client.perf._records import read_records
-from enginesmith_client.perf._run_files import load_run
+from enginesmith_client.perf._run_files import SloVerdict, load_run
 
 StartServer = Callable[..., AbstractContextManager[TritonServer]]
 
@@ -62,7 +65,27 @@ def test_a_run_prints_its_figures_and_keeps_everything(bench: Bench, tmp_path: P
         "report.md",
     }
     run = load_run(Path("kept")).run
-    assert run.figures.cost_per_million_requests == pytest.approx(1000 / run.figures.requests_per_s)
+    cost = run.figures.cost_per_million_requests
+    assert cost == pytest.approx(1000 / run.figures.requests_per_s)
+    assert re.search(rf"cost per million requests +│ {cost:,.4g} USD +│", said.out)
+
+
+def test_lines_are_printed_whole_and_numbers_without_exponents(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = "perf_analyzer " + " ".join(f"--option-{number} {number}" for number in range(40))
+    run = saved_run(
+        tmp_path,
+        figures(),
+        command=command,
+        slo=(SloVerdict(name="ttft_ms", limit=20_000.0, measured=21_234.5, met=False),),
+    ).run
+    _print(tuple(run_tables(run)))
+    printed = capsys.readouterr().out
+    assert f"command: {command}\n" in printed
+    assert re.search(r"ttft_ms +│ +20000 +│ +2123[45] +│ MISSED", printed)
+    assert "SLO missed: ttft_ms is 2123" in "".join(status_words(run))
+    assert "e+04" not in printed + "".join(status_words(run))
 
 
 @pytest.mark.server

@@ -132,7 +132,8 @@ def test_an_interrupted_comparison_keeps_its_rounds_and_continues(bench: Bench) 
     ("arguments", "words"),
     [
         (("a/b", "c"), "give two directories of saved runs, or two models"),
-        (("a", "."), "give two directories of saved runs, or two models"),
+        (("a", "."), "a is no directory: give two directories of saved runs, or two models"),
+        ((".", "b/c"), "b/c is no directory: give two directories of saved runs, or two models"),
         ((".", ".", "--rounds", "8"), "--rounds is about measuring; . and . are saved runs"),
         ((".", ".", "--closed", "8"), "--closed is about measuring"),
         (("a", "b", "--force"), "--force is about saved runs"),

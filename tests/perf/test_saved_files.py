@@ -87,7 +87,7 @@ def test_a_document_says_what_it_is_and_is_whole_or_not_there(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "cannot be read as benchmark results"),
+        ("", "cannot be read as benchmark results: it is no whole JSON .Expecting value: line 1"),
         ("[]", "is not a file of benchmark results: it names no format"),
         ('{"format": "notes"}', "is not a file of benchmark results: it names no format"),
         ('{"format": "notes", "version": 1}', "holds notes of version 1; this program reads notes of version 2"),

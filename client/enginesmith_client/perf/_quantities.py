@@ -79,6 +79,13 @@ def significant(value: float) -> str:
     return f"{rounded:.{max(digits, 0)}f}".replace("-", "−")
 
 
+def moment(started: str) -> str:
+    """A time of the results (ISO 8601, UTC) as people read it: ``2026-11-23 12:19:28 UTC``."""
+    return (
+        f"{started.removesuffix('+00:00').replace('T', ' ')} UTC" if started.endswith("+00:00") else started
+    )
+
+
 def tick(value: float, unit: Unit, *, base: float = 1.0) -> str:
     """As ``quantity``, without digits that say nothing: for axes. ``base``: the unit of bytes, the same for all ticks."""
     if unit == "bytes":

@@ -166,7 +166,11 @@ def read_document(path: Path, kind: Format) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise ResultsError(f"{path} is not there", hint="give the directory of a finished run") from error
     except (OSError, ValueError) as error:
-        raise ResultsError(f"{path} cannot be read as benchmark results: {error!r}") from error
+        said = error.strerror if isinstance(error, OSError) else f"it is no whole JSON ({error})"
+        raise ResultsError(
+            f"{path} cannot be read as benchmark results: {said}",
+            hint="a file that was cut or changed cannot be repaired: measure again",
+        ) from error
     kind.require(path, document)
     return {key: value for key, value in document.items() if key not in kind.header}
 

@@ -227,6 +227,7 @@ def run_perf_analyzer(
         streaming=question.streaming,
         pieces_are_tokens=question.counts.pieces_are_tokens,
     )
+    on_progress(_done(question, records))
     untried = (
         f"; perf_analyzer {version} is untried here ({supported_versions()} are)"
         if is_untried(version)
@@ -332,6 +333,19 @@ def _progress(question: Question, elapsed_s: float, passes: Sequence[Pass]) -> P
         failed=0,
         in_flight=question.concurrency,
         requests_per_s=None if rows_per_s is None else rows_per_s / question.batch,
+    )
+
+
+def _done(question: Question, records: Sequence[Record]) -> Progress:
+    answered = sum(record.ok for record in records)
+    return Progress(
+        phase="done",
+        title=question.title,
+        elapsed_s=0.0,
+        planned_s=None,
+        answered=answered,
+        failed=len(records) - answered,
+        in_flight=0,
     )
 
 

@@ -71,7 +71,10 @@ class PerfAnalyzer:
                 check=False,
             )
         except (OSError, subprocess.TimeoutExpired) as error:
-            raise ToolError(f"{self.executable} does not run here: {error}", hint=_BY_HAND) from error
+            reason = (
+                error.strerror if isinstance(error, OSError) else f"no answer within {_PROBE_TIMEOUT_S:g} s"
+            )
+            raise ToolError(f"{self.executable} does not run here: {reason}", hint=_BY_HAND) from error
         said = (done.stdout + done.stderr).strip()
         found = _VERSION.search(said)
         if found is None:

@@ -29,6 +29,9 @@ from enginesmith_client.perf.report._svg import LETTER, WIDTH, drawing, element,
 HEIGHT = 310.0
 _LEFT, _RIGHT, _BOTTOM = 78.0, 18.0, 46.0
 _LINE = 17.0
+_RING = 7.0
+_ABOVE_DOT, _ABOVE_RING = 8.0, 12.0
+"""How far the label of a point is above it, in pixels; a ring must not go through it."""
 _MOST_DOTS = 24
 """Lines of more points are drawn without dots."""
 _MOST_TOOLTIPS = 60
@@ -104,7 +107,7 @@ def _lines(plot: Lines) -> str:
                 tooltip(spot.label),
                 cx=x(spot.x),
                 cy=frame.y(spot.y),
-                r=7,
+                r=_RING,
                 class_=f"spot tone-{spot.tone}",
             )
             + text(
@@ -127,6 +130,7 @@ def _series(frame: _Frame, plot: Lines, number: int) -> str:
         corners = stairs(points) if series.steps else points
         pieces.append(element("path", d=path(corners), class_=f"line series-{number}"))
     few = len(series.x) <= _MOST_DOTS
+    ringed = {(spot.x, spot.y) for spot in plot.spots}
     for place, (x, y) in enumerate(zip(series.x, series.y, strict=True)):
         if y is None or not (few or place % math.ceil(len(series.x) / _MOST_TOOLTIPS) == 0):
             continue
@@ -137,7 +141,13 @@ def _series(frame: _Frame, plot: Lines, number: int) -> str:
         )
         if series.short_labels:
             pieces.append(
-                text(series.short_labels[place], frame.x(x), frame.y(y) - 8, class_="point", anchor="middle")
+                text(
+                    series.short_labels[place],
+                    frame.x(x),
+                    frame.y(y) - (_ABOVE_RING if (x, y) in ringed else _ABOVE_DOT),
+                    class_="point",
+                    anchor="middle",
+                )
             )
     return "".join(pieces)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from enginesmith_client.perf._errors import ResultsError
-from enginesmith_client.perf._quantities import Unit, quantity
+from enginesmith_client.perf._quantities import Unit, moment, quantity
 from enginesmith_client.perf._run_files import load_run
 from enginesmith_client.perf.compare._comparison import Comparison, MetricComparison, Verdict, load_comparison
 from enginesmith_client.perf.report._distribution_plots import Values, latency_cdf, measured, times_of
@@ -35,7 +35,7 @@ def report_of_comparison(directory: Path) -> Report:
     return Report(
         kind="comparison",
         title=compared.title,
-        subtitle=f"A: {_side(compared, 'a')}. B: {_side(compared, 'b')}. {compared.started}",
+        subtitle=f"A: {_side(compared, 'a')}. B: {_side(compared, 'b')}. {moment(compared.started)}",
         verdict=_verdict(compared),
         reasons=_reasons(compared),
         tiles=tuple(
@@ -192,7 +192,7 @@ def _how(directory: Path, compared: Comparison) -> Section:
         ("confidence of all statements together", f"{options.confidence:.1%}"),
         ("minimum effect", f"{options.min_effect_percent:g}% (guards: {options.guard_effect_percent:g}%)"),
         ("resamples, seed", f"{options.resamples:,}, {options.seed}"),
-        ("started", compared.started),
+        ("started", moment(compared.started)),
     ]
     if compared.rounds:
         facts += [("rounds", str(compared.rounds)), ("order of the rounds", " ".join(compared.order))]

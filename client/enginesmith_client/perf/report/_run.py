@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from enginesmith_client.perf._errors import ResultsError
-from enginesmith_client.perf._quantities import quantity
+from enginesmith_client.perf._quantities import moment, quantity
 from enginesmith_client.perf._run_files import SAMPLES_FILE, Run, SavedRun, load_run
 from enginesmith_client.perf.observe._samples import Sample, read_samples
 from enginesmith_client.perf.report._distribution_plots import distribution_plots, measured, times_of
@@ -50,7 +50,7 @@ def report_of_run(saved: SavedRun) -> Report:
 def subtitle_of(run: Run) -> str:
     """What was measured, where and when."""
     version = f" version {run.model_version}" if run.model_version else ""
-    return f"model {run.model}{version} at {run.url}, {run.started}, load by {run.generator}"
+    return f"model {run.model}{version} at {run.url}, {moment(run.started)}, load by {run.generator}"
 
 
 def verdict_of(run: Run) -> tuple[Statement, ...]:
@@ -84,7 +84,7 @@ def how_section(run: Run) -> Section:
         ("load generator", run.generator),
         ("model", f"{run.model}, version {run.model_version or 'as the server chooses'}"),
         ("server", run.url),
-        ("started", run.started),
+        ("started", moment(run.started)),
         ("digest of profile, model and version", run.profile_digest),
     ]
     tables = (

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from enginesmith_client.perf._errors import ResultsError
-from enginesmith_client.perf._quantities import NOTHING
+from enginesmith_client.perf._quantities import NOTHING, moment
 from enginesmith_client.perf._run_files import Run, SavedRun, load_run
 from enginesmith_client.perf.many._suite import SuiteEntry, SuiteResult, load_suite_result
 from enginesmith_client.perf.report._distribution_plots import distribution_plots, measured, times_of
@@ -28,7 +28,7 @@ def report_of_suite(directory: Path) -> Report:
     return Report(
         kind="suite",
         title=f"suite {suite.name}: {suite.model}",
-        subtitle=f"model {suite.model} version {suite.model_version} ({suite.kind}) at {suite.url}, {suite.started}",
+        subtitle=f"model {suite.model} version {suite.model_version} ({suite.kind}) at {suite.url}, {moment(suite.started)}",
         verdict=_verdict(suite, runs),
         reasons=_reasons(suite),
         tiles=_tiles(suite, runs),

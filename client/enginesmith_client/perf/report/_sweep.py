@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from enginesmith_client.perf._quantities import NOTHING, Unit, quantity
+from enginesmith_client.perf._quantities import NOTHING, Unit, moment, quantity
 from enginesmith_client.perf.many._sweep import Point, Sweep, load_sweep
 from enginesmith_client.perf.report._model import Code, Report, Section, Statement, Table, Tile
 from enginesmith_client.perf.report._plots import Axis, Lines, Mark, Plot, Series, Spot
@@ -20,7 +20,7 @@ def report_of_sweep(directory: Path) -> Report:
     return Report(
         kind="sweep",
         title=swept.title,
-        subtitle=f"model {swept.model} version {swept.model_version} at {swept.url}, {swept.started}",
+        subtitle=f"model {swept.model} version {swept.model_version} at {swept.url}, {moment(swept.started)}",
         verdict=_verdict(swept, usable),
         reasons=tuple(Statement("plain", words) for words in swept.words),
         tiles=_tiles(swept),

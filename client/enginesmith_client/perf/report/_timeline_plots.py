@@ -133,8 +133,22 @@ def _over_time(name: str, clock: _Clock, values: NDArray[np.float64], unit: str)
         f"{name}: {quantity(value, 'ms' if unit == 'ms' else 'per_s')} from {quantity(start, 's')}"
         for start, value in zip(starts, shown, strict=True)
     )
-    # The last value holds to the end of the run.
-    return Series(name, (*starts, clock.end_s), (*shown, shown[-1]), labels=(*labels, labels[-1]), steps=True)
+    ends = (*starts[1:], clock.end_s)
+    points: list[tuple[float, float | None, str]] = []
+    for start, end, value, following, label in zip(
+        starts, ends, shown, (*shown[1:], None), labels, strict=True
+    ):
+        points.append((start, value, label))
+        if value is not None and following is None:
+            # A value holds to the end of its part, also where nothing follows it.
+            points.append((end, value, label))
+    return Series(
+        name,
+        tuple(at for at, _, _ in points),
+        tuple(value for _, value, _ in points),
+        labels=tuple(label for _, _, label in points),
+        steps=True,
+    )
 
 
 def _usage(samples: Sequence[Sample], time: Axis, spans: tuple[Span, ...]) -> list[Plot]:
