@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from enginesmith_client.perf._figures import Figures, Quantiles
     from enginesmith_client.perf._run_files import Run, SloVerdict
 
+_COMMAND = "command: "
 INTERRUPTED = 130
 """Exit status of what was ended by Ctrl-C, as of every verb."""
 
@@ -106,8 +107,9 @@ def _print(shown: tuple[Table | str, ...]) -> None:
     # A pipe has no width of its own; a table must not be cut there.
     console = Console(width=None if sys.stdout.isatty() else 160)
     for one in shown:
-        # Lines are not broken: a command has to be copied as it is.
-        console.print(one, markup=False, highlight=False, soft_wrap=isinstance(one, str))
+        # In a pipe no line is broken, and on a terminal not the command, which is there to be copied.
+        whole = isinstance(one, str) and (not console.is_terminal or one.startswith(_COMMAND))
+        console.print(one, markup=False, highlight=False, soft_wrap=whole)
 
 
 def status_of(run: Run) -> int:
@@ -135,7 +137,7 @@ def run_tables(run: Run) -> Iterator[Table | str]:
     yield f"{run.title}: {run.model} version {run.model_version}, requests sent by {run.generator}"
     yield f"measured: {run.window.note or run.ended_because}"
     if run.command:
-        yield f"command: {run.command}"
+        yield f"{_COMMAND}{run.command}"
     figures = Table(show_header=False)
     for row in _figure_rows(run.figures, (run.profile.get("price") or {}).get("currency", "")):
         figures.add_row(*row)

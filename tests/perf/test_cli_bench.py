@@ -43,7 +43,7 @@ def test_a_run_prints_its_figures_and_keeps_everything(bench: Bench, tmp_path: P
     said = bench.measure(
         "steady20", "--slo", "p99_latency_ms=5000", "--price", "3.6", "--parquet", "--out", "kept"
     )
-    assert said.status == 0, said.err
+    assert said.measured, said.err
     for words in (
         "short, 32 at a time: steady20 version 1",
         "requests",
@@ -71,7 +71,7 @@ def test_a_run_prints_its_figures_and_keeps_everything(bench: Bench, tmp_path: P
 
 
 def test_lines_are_printed_whole_and_numbers_without_exponents(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = "perf_analyzer " + " ".join(f"--option-{number} {number}" for number in range(40))
     run = saved_run(
@@ -86,6 +86,9 @@ def test_lines_are_printed_whole_and_numbers_without_exponents(
     assert re.search(r"ttft_ms +│ +20000 +│ +2123[45] +│ MISSED", printed)
     assert "SLO missed: ttft_ms is 2123" in "".join(status_words(run))
     assert "e+04" not in printed + "".join(status_words(run))
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    _print(tuple(run_tables(run)))
+    assert f"command: {command}\n" in capsys.readouterr().out, "on a terminal it is there to be copied, too"
 
 
 @pytest.mark.server
@@ -105,7 +108,8 @@ def test_parquet_holds_every_record(bench: Bench) -> None:
 def test_json_is_all_that_is_on_stdout(bench: Bench) -> None:
     said = bench.measure("steady20", "--json", "--out", "kept")
     document = json.loads(said.out)
-    assert (said.status, document["exit_status"], document["directory"]) == (0, 0, "kept")
+    assert said.measured, said.err
+    assert (document["exit_status"], document["directory"]) == (said.status, "kept")
     assert document["kind"] == "run"
     assert "requests_per_s" in said.out
 
@@ -125,7 +129,7 @@ def test_flags_override_the_keys_of_the_profile(bench: Bench) -> None:
 
 @pytest.mark.server
 def test_results_have_a_directory_of_their_own_by_default(bench: Bench) -> None:
-    assert bench.measure("steady20:1").status == 0
+    assert bench.measure("steady20:1").measured
     (directory,) = Path("bench").iterdir()
     assert directory.name.startswith("steady20-1-20")
     assert load_run(directory).run.model_version == "1"
@@ -133,7 +137,7 @@ def test_results_have_a_directory_of_their_own_by_default(bench: Bench) -> None:
 
 @pytest.mark.server
 def test_a_directory_with_a_run_is_not_overwritten(bench: Bench) -> None:
-    assert bench.measure("steady20", "--out", "kept").status == 0
+    assert bench.measure("steady20", "--out", "kept").measured
     before = Path("kept", "run.json").read_bytes()
     said = bench.measure("steady20", "--out", "kept")
     assert (said.status, said.out) == (1, "")
@@ -221,7 +225,7 @@ def test_a_server_of_its_own_is_started_and_stopped(bench: Bench, tmp_path: Path
     shutil.copytree(MODELS / "steady20", tmp_path / "repository" / "steady20")
     arguments = ("--profile", bench.profile, "--repository", "repository", "--out", "kept")
     said = bench("bench", "steady20", *arguments)
-    assert said.status == 0, said.err
+    assert said.measured, said.err
     run = load_run(Path("kept")).run
     assert run.figures.usage is not None
     assert run.figures.usage.server_rss_bytes

@@ -27,7 +27,7 @@ from enginesmith_client.perf._run_files import (
 )
 from enginesmith_client.perf.report._figures import SLO_NAMES
 from enginesmith_client.perf.report._report import as_json, html, markdown, report_of
-from enginesmith_client.perf.report._run import profile_text
+from enginesmith_client.perf.report._run import flattened, profile_text
 
 Case = Callable[[Path], object]
 CASES: dict[str, Case] = {
@@ -298,6 +298,12 @@ def test_a_void_comparison_is_void(directory: Path) -> None:
     assert report.tone == "void"
     assert any("the clock jumped" in one.words for one in report.reasons)
     assert "(void)</title>" in html(directory)
+    assert all(table.rows for section in report.sections for table in section.tables)
+
+
+def test_lists_of_words_are_read_as_words() -> None:
+    found = dict(flattened({"cpu_flags": ["avx", "avx2"], "nested": {"sizes": [1, 2]}}))
+    assert found == {"cpu_flags": "avx, avx2", "nested.sizes": "[1, 2]"}
 
 
 def test_a_directory_without_results_is_refused_with_what_could_be_there(tmp_path: Path) -> None:

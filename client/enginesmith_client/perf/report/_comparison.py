@@ -45,7 +45,7 @@ def report_of_comparison(directory: Path) -> Report:
         ),
         sections=(
             Section("Plots", plots=_plots(directory, compared), void=void),
-            Section("Figures", tables=(_figures(compared), _answers(compared)), void=void),
+            Section("Figures", tables=(*_figures(compared), _answers(compared)), void=void),
             _how(directory, compared),
             definitions_section(),
         ),
@@ -149,7 +149,10 @@ def _rounds(metric: MetricComparison) -> Lines:
     )
 
 
-def _figures(compared: Comparison) -> Table:
+def _figures(compared: Comparison) -> tuple[Table, ...]:
+    """Nothing where no pair of runs could be used."""
+    if not compared.metrics:
+        return ()
     rows = tuple(
         (
             metric.title,
@@ -165,7 +168,7 @@ def _figures(compared: Comparison) -> Table:
         for metric in compared.metrics
     )
     columns = ("figure", "A", "B", "difference", "interval", "confidence", "matters from", "role", "verdict")
-    return Table("B against A", columns, rows)
+    return (Table("B against A", columns, rows),)
 
 
 def _answers(compared: Comparison) -> Table:

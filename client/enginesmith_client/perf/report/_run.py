@@ -134,6 +134,8 @@ def flattened(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[st
             yield from flattened(value, f"{prefix}{key}.")
         elif value is not None and value != [] and value != "":
             words = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            if isinstance(value, list | tuple) and all(isinstance(one, str) for one in value):
+                words = ", ".join(value)
             if key.endswith("_bytes") and isinstance(value, int):
                 words = quantity(value, "bytes")
             yield f"{prefix}{key}", words if len(words) <= _LONGEST_VALUE else f"{words[:_LONGEST_VALUE]} …"
