@@ -165,11 +165,14 @@ def comparison_tables(comparison: Comparison) -> Iterator[Table | str]:
 
 
 def _cells(metric: MetricComparison) -> tuple[str, ...]:
+    from enginesmith_client.perf._quantities import quantity
+    from enginesmith_client.perf.report._comparison import UNITS
+
     role = {"primary": "decides", "guard": "can only say worse", "informational": "for information"}
     return (
         metric.title,
-        f"{metric.a:.4g} {metric.unit}",
-        f"{metric.b:.4g} {metric.unit}",
+        quantity(metric.a, UNITS.get(metric.unit, "plain")),
+        quantity(metric.b, UNITS.get(metric.unit, "plain")),
         f"{metric.ratio:.3f}",
         f"{metric.low:.3f} to {metric.high:.3f} ({metric.confidence:.1%})",
         metric.verdict,

@@ -221,6 +221,8 @@ def test_bytes_have_ticks_of_round_powers_of_1024() -> None:
         (1234.5, "per_s", "1,234 /s"),
         (9.999, "per_s", "10.0 /s"),
         (1.05, "change", "+5.0%"),
+        (0.99999, "change", "0.0%"),
+        (1.0, "change", "0.0%"),
         (0.958, "change", "−4.2%"),
         (1 << 30, "bytes", "1.00 GiB"),
         (99.97, "percent", "100%"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -95,6 +96,8 @@ def test_a_run_joined_by_a_comparison_shows_both(bench: Bench, measured: Path) -
     assert said.status in (0, 1, 5)
     assert "requests sent by enginesmith" in said.out
     assert "B / A" in said.out
+    assert re.search(r"requests per second +│ +[\d,.]+ /s │ +[\d,.]+ /s │", said.out)
+    assert re.search(r"latency p50 +│ +[\d.]+ ms │ +[\d.]+ ms │", said.out)
 
 
 @pytest.mark.server

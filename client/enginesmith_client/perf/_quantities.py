@@ -62,7 +62,8 @@ def change(ratio: float) -> str:
     """How far ``ratio`` is from 1, in percent with its sign."""
     percent = (ratio - 1.0) * 100
     digits = 1 if abs(percent) < 99.5 else 0
-    return f"{percent:+.{digits}f}%".replace("-", "−")
+    shown = f"{percent:+.{digits}f}%"
+    return "0.0%" if shown in ("+0.0%", "-0.0%") else shown.replace("-", "−")
 
 
 def significant(value: float) -> str:

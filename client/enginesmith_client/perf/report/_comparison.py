@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from enginesmith_client.perf._errors import ResultsError
-from enginesmith_client.perf._quantities import Unit, moment, quantity
+from enginesmith_client.perf._quantities import NOTHING, Unit, moment, quantity
 from enginesmith_client.perf._run_files import load_run
 from enginesmith_client.perf.compare._comparison import Comparison, MetricComparison, Verdict, load_comparison
 from enginesmith_client.perf.report._distribution_plots import Values, latency_cdf, measured, times_of
@@ -25,7 +25,8 @@ _ROW_TONES: Mapping[Verdict, Tone] = {
     "worse": "bad",
     "inconclusive": "warning",
 }
-_UNITS: Mapping[str, Unit] = {"ms": "ms", "requests/s": "per_s", "tokens/s": "per_s", "bytes": "bytes"}
+UNITS: Mapping[str, Unit] = {"ms": "ms", "requests/s": "per_s", "tokens/s": "per_s", "bytes": "bytes"}
+"""Units of compared figures, as quantities know them."""
 
 
 def report_of_comparison(directory: Path) -> Report:
@@ -156,8 +157,8 @@ def _figures(compared: Comparison) -> tuple[Table, ...]:
     rows = tuple(
         (
             metric.title,
-            quantity(metric.a, _UNITS.get(metric.unit, "plain")),
-            quantity(metric.b, _UNITS.get(metric.unit, "plain")),
+            quantity(metric.a, UNITS.get(metric.unit, "plain")),
+            quantity(metric.b, UNITS.get(metric.unit, "plain")),
             quantity(metric.ratio, "change"),
             f"{quantity(metric.low, 'change')} to {quantity(metric.high, 'change')}",
             f"{metric.confidence:.1%}",
@@ -177,7 +178,7 @@ def _answers(compared: Comparison) -> Table:
             name,
             f"{side.requests:,}",
             f"{side.failed:,}",
-            ", ".join(f"{kind} {count:,}" for kind, count in side.errors.items()),
+            ", ".join(f"{kind} {count:,}" for kind, count in side.errors.items()) or NOTHING,
         )
         for name, side in (("A", compared.a), ("B", compared.b))
     )

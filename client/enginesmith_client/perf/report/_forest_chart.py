@@ -52,7 +52,7 @@ def _row(row: ForestRow, number: int, scale: Scale) -> str:
     return element(
         "g",
         tooltip(said),
-        text(row.name, 4, y + (-1 if row.note else 4), class_="forest-name"),
+        text(row.name, 4, y + (-3 if row.note else 4), class_="forest-name"),
         text(row.note, 4, y + 12, class_="tick") if row.note else "",
         element("path", d=line, class_=f"interval tone-{row.tone}"),
         element("rect", x=middle - 4, y=y - 4, width=8, height=8, class_=f"estimate fill-{row.tone}"),
