@@ -16,13 +16,13 @@ from tritonclient.grpc import service_pb2
 
 from enginesmith.triton.server import TritonServer
 from enginesmith_client._errors import ConnectError, ModelNotReady
-from enginesmith_client.perf._errors import MeasurementError, ProfileError, ToolError
+from enginesmith_client.perf._errors import MeasurementError, ProfileError, ResultsError, ToolError
 from enginesmith_client.perf._profile import Profile
 from enginesmith_client.perf._progress import Progress
 from enginesmith_client.perf._records import Record
 from enginesmith_client.perf._run import recompute, run_profile
 from enginesmith_client.perf.load._prepared import Prepared, TokenCounts
-from enginesmith_client.perf.perf_analyzer._files import input_data_from_requests, read_export
+from enginesmith_client.perf.perf_analyzer._files import input_data_from_requests, read_export, read_report
 from enginesmith_client.perf.perf_analyzer._measure import (
     PerfAnalyzerRun,
     Question,
@@ -316,6 +316,13 @@ def test_a_server_that_is_not_there_is_a_connect_error(tmp_path: Path) -> None:
         run_perf_analyzer(question, directory=tmp_path)
 
 
+def test_a_place_that_cannot_be_written_is_an_error_of_results(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    question = Question("any", "127.0.0.1:9", input_data_from_rows(ROWS), 1, request_count=5)
+    with pytest.raises(ResultsError, match=r"perf_analyzer\.inputs\.json cannot be written: "):
+        run_perf_analyzer(question, directory=tmp_path / "file")
+
+
 def test_values_of_headers_are_not_shown(tmp_path: Path) -> None:
     headers = {"authorization": "Bearer secret"}
     question = Question("any", "127.0.0.1:9", input_data_from_rows(ROWS), 1, request_count=5, headers=headers)
@@ -383,6 +390,12 @@ def test_an_export_that_is_cut_off_is_an_error(tmp_path: Path) -> None:
     path.write_text('{"experiments": [{"requests": [{"timestamp"')
     with pytest.raises(ToolError, match="not an export of time stamps"):
         read_export(path, TokenCounts())
+
+
+def test_figures_of_its_report_that_are_no_numbers_are_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "report.csv"
+    path.write_text("Concurrency,Inferences/Second,Avg latency,p50 latency,p90 latency\n1,12.5,-nan,inf,80\n")
+    assert read_report(path) == {"rows_per_s": 12.5, "p90_ms": 0.08}
 
 
 def program(path: Path, script: str) -> Path:

@@ -64,7 +64,13 @@ def test_what_went_wrong_first_is_what_is_told() -> None:
         raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("line", ["[]", "5", '{"number": 1}', '{"number": 1, "name": "x"}', "{"])
+WRONG_TIME = '{"number":1,"due_ns":"soon","sent_ns":2,"ended_ns":3}'
+WRONG_PIECES = '{"number":1,"due_ns":1,"sent_ns":2,"ended_ns":3,"piece_ns":"abc"}'
+
+
+@pytest.mark.parametrize(
+    "line", ["[]", "5", '{"number": 1}', '{"number": 1, "name": "x"}', "{", WRONG_TIME, WRONG_PIECES]
+)
 def test_a_line_that_is_no_record_is_named(tmp_path: Path, line: str) -> None:
     path = tmp_path / "records.jsonl"
     with RecordWriter(path) as writer:

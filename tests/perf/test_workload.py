@@ -334,6 +334,8 @@ def test_tensors_come_from_a_file_of_perf_analyzer(client: Client, tmp_path: Pat
         ({"data": [{"in_INT32": {"b64": "AQE="}}]}, "so the file must say which"),
         ({"data": [{"in_INT32": {"b64": "AQE=", "shape": [1]}}]}, "came with 2 bytes instead of 4"),
         ({"data": [{"in_INT32": {"b64": "?", "shape": [1]}}]}, "b64 is not base64"),
+        ({"data": [{"in_FP32": [10**400]}]}, "a value is out of range of FP32"),
+        ({"data": [{"in_STRING": ["\ud800"]}]}, "in_STRING: an element cannot be sent: character 0"),
         ({"data": [{"in_STRING": [1]}]}, "elements of a BYTES input must be text"),
         ({"data": [{"in_FP32": [1]}, {"in_FP32": [1, 2]}]}, "rows of different inputs or shapes"),
     ],
@@ -357,9 +359,12 @@ def test_inputs_that_a_file_leaves_out_are_named(client: Client, tmp_path: Path)
 
 def test_prompts_come_from_a_file(client: Client, tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
-    path.write_text('{"prompt": "one two", "max_tokens": 3}\n\n{"prompt": "drei"}\n', encoding="utf-8")
+    path.write_text('{"prompt": "one\u2028two", "max_tokens": 3}\r\n\n{"prompt": "drei"}\n', encoding="utf-8")
     workload = made(client, "tokens", prompts_file=path, output_tokens=FixedLength(tokens=8))
-    assert [(prompt_of(one), one.output_tokens) for one in workload.requests] == [("one two", 3), ("drei", 8)]
+    assert [(prompt_of(one), one.output_tokens) for one in workload.requests] == [
+        ("one\u2028two", 3),
+        ("drei", 8),
+    ]
     assert workload.described["prompts"] == "the 2 of prompts.jsonl, gone round in their order"
 
 

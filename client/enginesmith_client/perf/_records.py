@@ -6,12 +6,11 @@ dies leaves what it measured.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from enginesmith_client.perf._saved_files import Format, LineWriter, read_lines
+from enginesmith_client.perf._saved_files import Format, LineWriter, parsing, read_lines
 
 FORMAT = Format("enginesmith-bench-records", holds="benchmark records")
 _FLUSH_S = 1.0
@@ -65,6 +64,9 @@ class Record:
         return self.outcome == "ok"
 
 
+_record = parsing(Record)
+
+
 class RecordWriter(LineWriter):
     """Appends records to a file, in the order in which they are given. Errors as ``LineWriter``."""
 
@@ -105,10 +107,3 @@ def _plain(record: Record) -> dict[str, Any]:
     if record.piece_ns:
         fields["piece_ns"] = record.piece_ns
     return fields
-
-
-def _record(line: str) -> Record:
-    fields = json.loads(line)
-    if not isinstance(fields, dict):
-        raise TypeError("no object")
-    return Record(**(fields | {"piece_ns": tuple(fields.get("piece_ns", ()))}))

@@ -82,7 +82,7 @@ class LineWriter:
     def __init__(self, path: Path, kind: Format, *, flush_s: float) -> None:
         self._path, self._flush_s = path, flush_s
         self._flushed_s = time.monotonic()
-        with _writing(path):
+        with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("w", encoding="utf-8", buffering=_BUFFER_BYTES)
         self.append(kind.header)
@@ -100,7 +100,7 @@ class LineWriter:
 
     def close(self) -> None:
         """Write out what is buffered."""
-        with _writing(self._path):
+        with writing(self._path):
             self._file.close()
 
     def __enter__(self: Writer) -> Writer:
@@ -118,7 +118,7 @@ def read_lines(path: Path, kind: Format, parse: Callable[[str], Item], *, item: 
     """What ``parse`` makes of each line that a ``LineWriter`` wrote. A last line that was cut off in the middle is left out.
 
     Args:
-        parse: raises ValueError, TypeError or KeyError for a line that is none of these.
+        parse: raises ValueError for a line that is none of these.
         item: what a line is called, with its article.
 
     Raises:
@@ -137,11 +137,25 @@ def read_lines(path: Path, kind: Format, parse: Callable[[str], Item], *, item: 
     for number, line in enumerate(lines[1:], start=2):
         try:
             items.append(parse(line))
-        except (ValueError, TypeError, KeyError) as error:
+        except ValueError as error:
             if number == len(lines) and not line.endswith("\n"):
                 break
             raise ResultsError(f"{path}, line {number}: not {item} ({error})") from error
     return items
+
+
+def parsing(kind: type[Item]) -> Callable[[str], Item]:
+    """What makes a dataclass of a line, for ``read_lines``."""
+    adapter = TypeAdapter(kind)
+
+    def parse(line: str) -> Item:
+        try:
+            return adapter.validate_json(line)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise ValueError(": ".join([*map(str, first["loc"]), first["msg"]])) from error
+
+    return parse
 
 
 def write_document(path: Path, kind: Format, content: Mapping[str, Any]) -> None:
@@ -206,7 +220,7 @@ def appearing(path: Path) -> Iterator[Path]:
     Raises:
         ResultsError: it cannot be written.
     """
-    with _writing(path):
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         staging = path.with_name(f".{path.name}.{os.getpid()}")
         try:
@@ -227,7 +241,7 @@ def only_writer(directory: Path, *, results_file: str = "") -> Iterator[None]:
         ResultsError: another process (or thread) measures into it, it holds results of another kind, or it cannot be written.
     """
     _check_kind(directory, results_file)
-    with _writing(directory):
+    with writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
         lock = (directory / LOCK_FILE).open("a", encoding="utf-8")
     with lock:
@@ -266,7 +280,8 @@ def _locked(descriptor: int) -> bool:
 
 
 @contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
+    """What keeps ``path`` from being written in the block is a ``ResultsError``."""
     try:
         yield
     except OSError as error:

@@ -12,9 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pydantic import TypeAdapter, ValidationError
-
-from enginesmith_client.perf._saved_files import Format, LineWriter, read_lines
+from enginesmith_client.perf._saved_files import Format, LineWriter, parsing, read_lines
 
 FORMAT = Format("enginesmith-bench-samples", holds="benchmark samples")
 
@@ -84,7 +82,7 @@ class Sample:
     gpu_memory_bytes: int | None = None
 
 
-_SAMPLE = TypeAdapter(Sample)
+_sample = parsing(Sample)
 
 
 class SampleWriter(LineWriter):
@@ -105,13 +103,6 @@ def read_samples(path: Path) -> list[Sample]:
         ResultsError: the file is missing, or is not one of samples, or of another version.
     """
     return read_lines(path, FORMAT, _sample, item="a sample")
-
-
-def _sample(line: str) -> Sample:
-    try:
-        return _SAMPLE.validate_json(line)
-    except ValidationError as error:
-        raise ValueError(error.errors()[0]["msg"]) from error
 
 
 def around(samples: Iterable[Sample], start_ns: int, end_ns: int) -> tuple[Sample, Sample] | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import csv
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -221,9 +222,8 @@ def read_report(path: Path) -> dict[str, float] | None:
         with path.open(newline="", encoding="utf-8") as file:
             row = next(csv.DictReader(file))
         figures = {"rows_per_s": float(row["Inferences/Second"])}
-        return figures | {
-            key: float(row[column]) / 1000 for key, column in _CSV_US.items() if row.get(column)
-        }
+        figures |= {key: float(row[column]) / 1000 for key, column in _CSV_US.items() if row.get(column)}
+        return {key: value for key, value in figures.items() if math.isfinite(value)}
     except (OSError, ValueError, KeyError, StopIteration) as error:
         raise ToolError(
             f"{path} is not a report as perf_analyzer 2.51 to 2.60 write it: {error!r}"

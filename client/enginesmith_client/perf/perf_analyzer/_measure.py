@@ -24,6 +24,7 @@ from enginesmith_client.perf._profile import ClosedLoad, Profile
 from enginesmith_client.perf._progress import OnProgress, Progress, ignore_progress
 from enginesmith_client.perf._records import Record
 from enginesmith_client.perf._run_files import Window
+from enginesmith_client.perf._saved_files import appearing, writing
 from enginesmith_client.perf._target import Target
 from enginesmith_client.perf.load._prepared import TokenCounts
 from enginesmith_client.perf.perf_analyzer._failures import JUDGED_WINDOWS, STEADIER, disagreement, failure_of
@@ -189,10 +190,9 @@ def run_perf_analyzer(
     tool = tool or find_perf_analyzer()
     version = tool.version()
     files = _Files(directory)
-    files.prepare(question.data)
     command = _command(question, tool.executable, files)
     shown = _shown(command)
-    files.log.write_text(f"{shown}\n", encoding="utf-8")
+    files.prepare(question.data, shown)
     wall_offset_ns = time.time_ns() - time.monotonic_ns()
     ended = run_watched(
         command,
@@ -275,12 +275,14 @@ class _Files:
     def log(self) -> Path:
         return self.directory / "perf_analyzer.log"
 
-    def prepare(self, data: InputData) -> None:
-        """Write the input and remove what an earlier run left."""
-        self.directory.mkdir(parents=True, exist_ok=True)
-        self.inputs.write_text(json.dumps(data), encoding="utf-8")
-        for stale in (self.report, self.export):
-            stale.unlink(missing_ok=True)
+    def prepare(self, data: InputData, command: str) -> None:
+        """Write the input and begin the log, and remove what an earlier run left."""
+        with appearing(self.inputs) as staging:
+            staging.write_text(json.dumps(data), encoding="utf-8")
+        with writing(self.log):
+            self.log.write_text(f"{command}\n", encoding="utf-8")
+            for stale in (self.report, self.export):
+                stale.unlink(missing_ok=True)
 
 
 def _command(question: Question, executable: Path, files: _Files) -> list[str]:

@@ -32,7 +32,8 @@ def read_prompts(path: Path) -> list[WrittenPrompt]:
         ProfileError: it cannot be read, or a line is not as it must be; names the line.
     """
     try:
-        lines = content_of(path, what=PROMPTS_FILE).decode().splitlines()
+        # Not ``splitlines``: JSON may hold other characters that end a line of text.
+        lines = content_of(path, what=PROMPTS_FILE).decode().split("\n")
     except UnicodeDecodeError as error:
         raise ProfileError(
             f"{PROMPTS_FILE} {path} is not UTF-8: {error.reason} at byte {error.start}"

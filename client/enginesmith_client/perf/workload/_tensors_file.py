@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from enginesmith_client._codec import NUMPY_TYPES, Array, array_from_bytes
-from enginesmith_client._errors import ServerError
+from enginesmith_client._codec import NUMPY_TYPES, Array, array_from_bytes, text_bytes
+from enginesmith_client._errors import InvalidInput, ServerError
 from enginesmith_client._messages import ModelMetadata, TensorMetadata
 from enginesmith_client.perf._errors import ProfileError
 from enginesmith_client.perf._profile_file import content_of
@@ -144,7 +144,10 @@ def _from_values(content: Any, datatype: str, shape: tuple[int, ...], where: str
     if datatype == "BYTES":
         if not all(isinstance(one, str) for one in values):
             raise ProfileError(f"{where}: elements of a BYTES input must be text", hint="bytes go as b64")
-        return _filled([one.encode() for one in values], shape, where)
+        try:
+            return _filled([text_bytes(one, what="an element") for one in values], shape, where)
+        except InvalidInput as error:
+            raise ProfileError(f"{where}: {error.message}", hint=error.hint) from error
     dtype = np.dtype(np.float32 if datatype == "BF16" else NUMPY_TYPES[datatype])
     kinds = {"b": (bool, int), "f": (int, float)}.get(dtype.kind, (int,))
     wrong = next(
@@ -156,8 +159,11 @@ def _from_values(content: Any, datatype: str, shape: tuple[int, ...], where: str
         allowed = np.iinfo(dtype)
         if any(not allowed.min <= one <= allowed.max for one in values):
             raise ProfileError(f"{where}: a value is out of range of {datatype}")
-    with np.errstate(over="ignore"):
-        array = np.array(values, dtype)
+    try:
+        with np.errstate(over="ignore"):
+            array = np.array(values, dtype)
+    except OverflowError as error:
+        raise ProfileError(f"{where}: a value is out of range of {datatype}") from error
     return _filled(array, shape, where)
 
 
