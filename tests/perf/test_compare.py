@@ -63,6 +63,7 @@ def test_rounds_side_by_side_tell_slower_faster_and_same(
 ) -> None:
     found = live(tmp_path, rounds_of(slowdown=slowdown))
     assert (found.verdict, found.exit_code) == (verdict, exit_code)
+    assert found.not_worse == (verdict != "worse")
     throughput = next(metric for metric in found.metrics if metric.name == "requests_per_s")
     assert throughput.low < 1 / slowdown < throughput.high
     assert throughput.ratio == pytest.approx(throughput.b / throughput.a)
