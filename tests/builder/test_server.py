@@ -8,8 +8,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -44,6 +46,25 @@ def ask(
 
 def shared_memory_of_this_process() -> list[Path]:
     return list(Path("/dev/shm").glob(f"enginesmith-{os.getpid()}-*"))
+
+
+@server
+def test_an_interrupt_while_the_process_starts_leaves_no_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[subprocess.Popen[bytes]] = []
+    popen = subprocess.Popen
+
+    def interrupted(*arguments: Any, **options: Any) -> subprocess.Popen[bytes]:
+        begun.append(popen(*arguments, **options))
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        return begun[0]
+
+    monkeypatch.setattr(subprocess, "Popen", interrupted)
+    with pytest.raises(KeyboardInterrupt), TritonServer(tmp_path):
+        pytest.fail("it was interrupted before")
+    (process,) = begun
+    assert process.returncode is not None
 
 
 def test_a_path_that_is_no_executable_is_refused(tmp_path: Path) -> None:

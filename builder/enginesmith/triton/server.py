@@ -182,7 +182,13 @@ class TritonServer:
         # The kernel ties the server's life to the thread that starts it, so that thread does nothing else.
         self._owner = threading.Thread(target=self._own, args=(command, environment, started), daemon=True)
         self._owner.start()
-        started.wait()
+        try:
+            started.wait()
+        except BaseException:
+            # Who is interrupted in `with` has not entered it and so does not leave it.
+            started.wait()
+            self.stop()
+            raise
         self._running()
 
     def wait_ready(self, timeout_s: float = LOAD_TIMEOUT_S, on_progress: Progress | None = None) -> None:
