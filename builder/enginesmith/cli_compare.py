@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from enginesmith_client.perf.compare._comparison import Comparison, MetricComparison
 
 _RUN_FILE = "run.json"
+_SHOWN_REASONS = 4
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,9 @@ def comparison_words(comparison: Comparison) -> Iterator[str]:
     yield f"{comparison.verdict}: {comparison.words}"
     if comparison.hint:
         yield f"  hint: {comparison.hint}"
-    yield from (f"void: {reason}" for reason in comparison.void[1:])
+    yield from (f"void: {reason}" for reason in comparison.void[1:_SHOWN_REASONS])
+    if comparison.void[_SHOWN_REASONS:]:
+        yield f"void: {len(comparison.void) - _SHOWN_REASONS} more; all of them are in its report"
     yield from (f"warning: {warning}" for warning in comparison.warnings)
 
 

@@ -101,7 +101,12 @@ def conclude(
     if side_b.requests and side_b.failed == side_b.requests and side_a.failed < side_a.requests:
         verdict, words = "worse", f"B is worse: {errors[1]}"
     elif void:
-        words, hint = f"Void: {void[0]}", "measure again what is void"
+        words = f"Void: {void[0]}"
+        hint = (
+            "measure again what is void"
+            if kind == "saved"
+            else "measure again into another directory; longer rounds (--round-s) have more answers"
+        )
     else:
         verdict, words = overall(metrics, errors)
         if verdict == "inconclusive":

@@ -157,7 +157,7 @@ def overall(metrics: Sequence[MetricComparison], errors: tuple[Verdict, str]) ->
         return "same", f"B is the same as A: no deciding figure differs by more than {band:g}%"
     open_ones = [metric for metric in primaries if metric.verdict == "inconclusive"]
     return "inconclusive", "Not decided: " + "; ".join(
-        f"{metric.title} {metric.words}" for metric in open_ones
+        f"{metric.title}, {metric.words}" for metric in open_ones
     )
 
 
