@@ -42,7 +42,9 @@ class LoadProgress:
     @property
     def note(self) -> str:
         """One line for people."""
-        return f"loading {', '.join(self.loading)}" if self.loading else "starting tritonserver"
+        if self.loading:
+            return f"loading {', '.join(self.loading)}"
+        return "loaded" if self._ended else "starting tritonserver"
 
 
 def poll_failures(log_path: Path) -> dict[str, str]:

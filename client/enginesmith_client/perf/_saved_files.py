@@ -7,6 +7,7 @@ dies leaves what it measured. Knows nothing of what is in them.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import sys
@@ -289,7 +290,8 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def _unwritable(path: Path, error: OSError) -> ResultsError:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     return ResultsError(
         f"{path} cannot be written: {error.strerror or error}",
-        hint="make room there, or give another directory; what was written until then is kept",
+        hint=f"{'make room there' if full else 'allow it'}, or give another directory; what was written until then is kept",
     )

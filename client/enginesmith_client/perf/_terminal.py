@@ -158,7 +158,7 @@ def _time(progress: Progress) -> str:
     if progress.phase in ("preparing", "done"):
         return ""
     known = progress.planned_s is not None and progress.elapsed_s <= progress.planned_s
-    planned = f" of at most {progress.planned_s:.0f}" if known else ""
+    planned = f" of at most {max(1, progress.planned_s):.0f}" if known and progress.planned_s else ""
     return f" {progress.elapsed_s:.0f}{planned} s"
 
 

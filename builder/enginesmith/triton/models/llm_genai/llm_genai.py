@@ -117,13 +117,13 @@ class GenaiBatch:
             raise self._broken
         sequence.end_ids = self.end_ids
         request = self._engine.create_request()
-        options = _turn_options(
-            request,
-            sequence.sampling,
-            room=self.capacity - len(sequence.prompt),
-            vocabulary=self.vocabulary,
-        )
         try:
+            options = _turn_options(
+                request,
+                sequence.sampling,
+                room=self.capacity - len(sequence.prompt),
+                vocabulary=self.vocabulary,
+            )
             request.begin_turn(np.asarray(sequence.prompt, np.int32), options)
         except RuntimeError as error:
             request.close()
