@@ -374,7 +374,7 @@ def test_calls_that_are_over_are_forgotten_before_their_time_is() -> None:
     async def act(connection: GrpcConnection) -> int:
         for _ in range(100):
             await asked(connection, "echo")
-        return sum(isinstance(one, Exchange) for one in gc.get_objects())
+        return sum(type(one) is Exchange for one in gc.get_objects())
 
     with served({"echo": echo}) as (url, _):
         assert connected(url, act) < 10
