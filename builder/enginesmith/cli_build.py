@@ -64,6 +64,7 @@ def plan(
 
     store = open_store(store_root)
     made = make_plan_of(spec, store, Choice(variants, targets))
+    _show_advice([made])
     explanations = made.explain(store)
     if as_json:
         print_json({"name": made.spec.name, "steps": [asdict(step) for step in explanations]})
@@ -135,6 +136,7 @@ def build(
     store = open_store(store_root)
     choice = Choice(variants, targets, server=server, engine_dir=engine_dir)
     plans = [make_plan_of(spec, store, choice) for spec in specs]
+    _show_advice(plans)
     if repository is not None:
         refuse_collisions(plans)
     result = build_shown(plans, store, jobs=jobs, keep_going=keep_going)
@@ -374,6 +376,14 @@ def make_plan_of(path: Path, store: ArtifactStore, choice: Choice) -> Plan:
             hint="choose one with --variant and --target; only targets of runtime tensorrt_llm have engines",
         )
     return made
+
+
+def _show_advice(plans: Sequence[Plan]) -> None:
+    from enginesmith.advice import advice
+
+    for made in plans:
+        for sentence in advice(made.spec):
+            click.echo(f"warning: {made.spec.name}: {sentence}", err=True)
 
 
 def refuse_collisions(plans: Sequence[Plan]) -> None:

@@ -128,6 +128,40 @@ def test_plan_in_json_is_all_that_is_on_stdout(capsys: pytest.CaptureFixture[str
     assert all(len(step["key"]) == 64 for step in steps)
 
 
+@pytest.mark.parametrize(
+    ("serving", "warned"),
+    [
+        ({"dynamic_batching": {"queue_policy": {"max_queue_size": 64}}}, True),
+        ({"dynamic_batching": {"queue_policy": {"max_queue_size": 64}}, "instances": 2}, False),
+        ({"dynamic_batching": {"queue_policy": {}}}, False),
+        ({"dynamic_batching": None}, False),
+        ({}, False),
+    ],
+)
+def test_plan_warns_of_a_queue_policy_with_one_instance(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    serving: dict[str, object],
+    warned: bool,
+) -> None:
+    monkeypatch.setenv("ENGINESMITH_STORE", str(tmp_path / "store"))
+    (tmp_path / "net.py").write_text("def make(): ...")
+    document = {
+        "name": "tiny",
+        "task": "tensors",
+        "source": {"module": "net.py:make"},
+        "inputs": [{"name": "image", "shape": ["batch", 3]}],
+        "outputs": ["scores"],
+        "variants": {"fp32": {"scheme": "none"}},
+        "serving": serving,
+    }
+    (tmp_path / "tiny.yaml").write_text(json.dumps(document))
+    status, _, err = _run(capsys, "plan", tmp_path / "tiny.yaml")
+    assert status == 0
+    assert ("warning: tiny: serving.dynamic_batching.queue_policy with serving.instances 1" in err) == warned
+
+
 def test_nothing_unbuilt_is_published(capsys: pytest.CaptureFixture[str], spec: Path, tmp_path: Path) -> None:
     status, out, err = _run(capsys, "publish", spec, "--to", tmp_path / "repository")
     assert (status, out) == (1, "")
