@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from perf_models import LOADED, MODELS, PerfServer
@@ -26,14 +27,18 @@ def perf_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PerfServer
 
 @pytest.fixture
 def own_server(tmp_path: Path) -> Start:
-    """Starts a server of the test's own, which it may kill: ``with own_server("tiny") as server``."""
+    """Starts a server of the test's own, which it may kill: ``with own_server("tiny") as server``.
+
+    ``clients_load=True`` lets clients load and unload models.
+    """
 
     @contextmanager
-    def start(*models: str) -> Iterator[TritonServer]:
+    def start(*models: str, clients_load: bool = False) -> Iterator[TritonServer]:
         repository = tmp_path / "repository"
         for model in models:
             shutil.copytree(MODELS / model, repository / model)
-        with TritonServer(repository) as running:
+        control: Any = {"model_control": "explicit", "load_models": models} if clients_load else {}
+        with TritonServer(repository, **control) as running:
             running.wait_ready()
             yield running
 

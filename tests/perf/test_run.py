@@ -13,7 +13,7 @@ from perf_models import PerfServer
 from test_saved_files import files_of_at_most
 
 from enginesmith.triton.server import TritonServer
-from enginesmith_client import ConnectError, InvalidInput
+from enginesmith_client import Client, ConnectError, InvalidInput
 from enginesmith_client.perf._errors import MeasurementError, ProfileError, ResultsError
 from enginesmith_client.perf._profile import Profile, RequestsPart
 from enginesmith_client.perf._progress import Progress
@@ -181,6 +181,23 @@ def test_a_cold_start_needs_a_server_that_lets_clients_load_models(own_server: S
         pytest.raises(InvalidInput, match=r"is not allowed(.|\n)*--model-control-mode=explicit"),
     ):
         run_profile(target_of(server, "tiny"), cold, directory=tmp_path / "out")
+
+
+def test_a_cold_start_that_is_interrupted_leaves_the_model_loaded(
+    own_server: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unload = Client.unload
+
+    def interrupted(client: Client, model: str, **options: Any) -> None:
+        unload(client, model, **options)
+        interrupt()
+
+    monkeypatch.setattr(Client, "unload", interrupted)
+    cold = profile(closed(1), start="cold")
+    with own_server("tiny", clients_load=True) as server, Client(f"grpc://{server.grpc_url}") as client:
+        with pytest.raises(KeyboardInterrupt):
+            run_profile(target_of(server, "tiny"), cold, directory=tmp_path / "out")
+        client.wait_ready("tiny", timeout_s=10)
 
 
 def test_a_disk_that_is_full_is_one_error_and_what_was_measured_is_kept(

@@ -192,13 +192,15 @@ def test_a_suite_measures_what_fits_and_says_why_it_left_out_the_rest(
     assert "requests.kind is text, but model 'tiny'" in by_name["wrong"].reason
     assert by_name["one"].directory == "one"
     assert load_suite_result(tmp_path / "out") == result
+    alone = run_suite(target, suite, directory=tmp_path / "alone", only=["talk"])
+    assert [entry.name for entry in alone.scenarios] == ["talk"]
 
     run_file = tmp_path / "out" / "one" / "run.json"
     before = run_file.stat().st_mtime_ns
     with pytest.raises(ResultsError, match="holds suite quick of model tiny"):
         run_suite(perf_server.target("steady20"), suite, directory=tmp_path / "out")
     again = run_suite(target, suite, directory=tmp_path / "out", only=["one"])
-    assert [entry.name for entry in again.scenarios] == ["one"]
+    assert again.scenarios == result.scenarios, "what is left out is as it was found before"
     assert run_file.stat().st_mtime_ns == before, "what was measured is not measured again"
 
 

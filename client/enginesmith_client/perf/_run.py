@@ -278,14 +278,18 @@ class _Measurement:
         return run.figures.requests_per_s * load.capacity_factor
 
     def _load_again(self) -> float:
-        """Unload and load the model; how long loading took, in seconds."""
+        """Unload and load the model; how long loading took, in seconds. An interruption leaves it loaded."""
         model, version = self.target.model, self.target.version
         # The server may have been told to serve a version that its repository's configuration does not name.
         config = self.client.config(model, version=version) if version else None
-        self.client.unload(model, timeout_s=_LOAD_TIMEOUT_S)
-        begun_s = time.monotonic()
-        self.client.load(model, config=config, timeout_s=_LOAD_TIMEOUT_S)
-        self.client.wait_ready(model, timeout_s=_LOAD_TIMEOUT_S)
+        try:
+            self.client.unload(model, timeout_s=_LOAD_TIMEOUT_S)
+            begun_s = time.monotonic()
+            self.client.load(model, config=config, timeout_s=_LOAD_TIMEOUT_S)
+            self.client.wait_ready(model, timeout_s=_LOAD_TIMEOUT_S)
+        except KeyboardInterrupt:
+            self.client.load(model, config=config, timeout_s=_LOAD_TIMEOUT_S)
+            raise
         return time.monotonic() - begun_s
 
     @contextmanager

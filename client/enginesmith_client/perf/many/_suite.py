@@ -161,7 +161,7 @@ def run_suite(
     goes on. A scenario that fails does not keep the others from being measured.
 
     Args:
-        only: names of scenarios; the others are left out. Empty: all.
+        only: names of scenarios; of the others the result has what an earlier run found. Empty: all.
         adjust: changes the profile of every scenario, before it is made to fit the model.
         run: measures one profile; default: ``run_profile``.
 
@@ -171,18 +171,18 @@ def run_suite(
         ConnectError: the server is not there, or went away.
         KeyboardInterrupt: a scenario was interrupted. What was measured before is kept.
     """
-    chosen, entries, started = _chosen(suite, only), list[SuiteEntry](), timestamp()
+    chosen, started = _chosen(suite, only), timestamp()
     with Client(target.url) as client:
         subject = subject_of(client, target, RequestsPart())
         kind = kind_of(subject.metadata)
         fitting = Fitting(subject, kind, client.config(target.model, version=target.version))
         measuring = _Measuring(target, directory, on_progress, run or default_run(), fitting, adjust)
         with only_writer(directory, results_file=SUITE_FILE):
-            _check_directory(directory, target, suite)
+            entries = _entries_there(directory, target, suite)
             for number, scenario in enumerate(chosen, 1):
                 reason = _reason_to_skip(scenario, kind, streams=subject.metadata.decoupled)
                 progress = part_of(on_progress, number, len(chosen))
-                entries.append(
+                entries[scenario.name] = (
                     _entry(scenario, "skipped", reason=reason)
                     if reason
                     else measuring.entry(scenario, progress)
@@ -195,7 +195,7 @@ def run_suite(
                     kind=kind,
                     status="complete" if number == len(chosen) else "partial",
                     started=started,
-                    scenarios=tuple(entries),
+                    scenarios=tuple(entries[one.name] for one in suite.scenarios if one.name in entries),
                 )
                 write_document(directory / SUITE_FILE, FORMAT, dataclasses.asdict(result))
     return result
@@ -240,16 +240,21 @@ class _Measuring:
         return _entry(scenario, "measured", directory=scenario.name, notes=fitted.notes)
 
 
-def _check_directory(directory: Path, target: Target, suite: Suite) -> None:
-    """Return when what is there may be gone on with: nothing, or the same suite of the same model."""
+def _entries_there(directory: Path, target: Target, suite: Suite) -> dict[str, SuiteEntry]:
+    """What an earlier run of the same suite of the same model found, by name of scenario.
+
+    Raises:
+        ResultsError: another suite or another model was measured there.
+    """
     if not (directory / SUITE_FILE).exists():
-        return
+        return {}
     there = load_suite_result(directory)
     if (there.name, there.model) != (suite.name, target.model):
         raise ResultsError(
             f"{directory} holds suite {there.name} of model {there.model}",
             hint="give another directory; the same command goes on with the suite that is there",
         )
+    return {entry.name: entry for entry in there.scenarios}
 
 
 def _entry(
