@@ -7,6 +7,7 @@ REPOSITORY ?= model_repository
 TOOLCHAIN ?= 26.07
 CONTAINER ?= docker
 GPU_KIT ?= build/gpu-kit
+TEST_JOBS ?= 2
 STAMP := $(VENV)/.setup-stamp
 
 .DEFAULT_GOAL := help
@@ -48,8 +49,8 @@ gpu-wheels: setup ## wheels and models for bench-gpu, into GPU_KIT; needs a pack
 bench-gpu: ## the standard profile through onnxruntime-genai CUDA, from GPU_KIT; needs a GPU, no network (docs/bench-gpu.md)
 	$(PYTHON) benchmarks/gpu.py --kit $(GPU_KIT)
 
-test: setup browser ## run every test
-	$(BIN)/python -m pytest
+test: setup browser ## run every test, TEST_JOBS files at the same time
+	$(BIN)/python -m pytest --numprocesses $(TEST_JOBS) --dist loadfile --no-loadscope-reorder
 
 check: setup ## formatting, lint, types, generated files
 	$(BIN)/ruff format --check .

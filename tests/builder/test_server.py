@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -44,23 +45,38 @@ def ask(
     return json.loads(result.as_numpy("text_output")[0, 0])
 
 
-def shared_memory_of_this_process() -> list[Path]:
-    return list(Path("/dev/shm").glob(f"enginesmith-{os.getpid()}-*"))
+def shared_memory_of_this_process() -> set[Path]:
+    return set(Path("/dev/shm").glob(f"enginesmith-{os.getpid()}-*"))
+
+
+@pytest.fixture
+def shared_memory_left() -> Callable[[], set[Path]]:
+    """What is there now and was not before the test; other servers of the session may be running."""
+    before = shared_memory_of_this_process()
+    return lambda: shared_memory_of_this_process() - before
 
 
 @server
-def test_an_interrupt_while_the_process_starts_leaves_no_process(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("moment", ["thread", "process"])
+def test_an_interrupt_while_the_server_starts_leaves_no_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
     begun: list[subprocess.Popen[bytes]] = []
-    popen = subprocess.Popen
+    popen, start = subprocess.Popen, threading.Thread.start
 
-    def interrupted(*arguments: Any, **options: Any) -> subprocess.Popen[bytes]:
+    def open_process(*arguments: Any, **options: Any) -> subprocess.Popen[bytes]:
         begun.append(popen(*arguments, **options))
-        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        if moment == "process":
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
         return begun[0]
 
-    monkeypatch.setattr(subprocess, "Popen", interrupted)
+    def start_thread(thread: threading.Thread) -> None:
+        start(thread)
+        if moment == "thread":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess, "Popen", open_process)
+    monkeypatch.setattr(threading.Thread, "start", start_thread)
     with pytest.raises(KeyboardInterrupt), TritonServer(tmp_path):
         pytest.fail("it was interrupted before")
     (process,) = begun
@@ -151,7 +167,9 @@ def test_serving_an_empty_repository_says_how_to_fill_it(tmp_path: Path) -> None
 
 
 @server
-def test_requests_share_a_batch_when_they_name_the_same_inputs(tmp_path: Path) -> None:
+def test_requests_share_a_batch_when_they_name_the_same_inputs(
+    tmp_path: Path, shared_memory_left: Callable[[], set[Path]]
+) -> None:
     """What the clients rely on: ragged stop words and request parameters do not split a batch, optional inputs do."""
     write_model(
         tmp_path, "echo", batching=DynamicBatching(preferred_batch_sizes=(4,), max_queue_delay_us=2_000_000)
@@ -174,11 +192,13 @@ def test_requests_share_a_batch_when_they_name_the_same_inputs(tmp_path: Path) -
             assert [answer["batch"] for answer in mixed] == [1, 1]
         log = instance.log_path
     assert not log.exists()
-    assert not shared_memory_of_this_process()
+    assert not shared_memory_left()
 
 
 @server
-def test_models_that_do_not_load_are_explained_with_tritons_reason(tmp_path: Path) -> None:
+def test_models_that_do_not_load_are_explained_with_tritons_reason(
+    tmp_path: Path, shared_memory_left: Callable[[], set[Path]]
+) -> None:
     repository = tmp_path / "repository"
     write_model(repository, "echo")
     write_model(repository, "imports", MISSING_IMPORT)
@@ -200,11 +220,13 @@ def test_models_that_do_not_load_are_explained_with_tritons_reason(tmp_path: Pat
     assert "misspelled: failed to read text proto" in message
     assert 'no field named "nam"' in message
     assert str(tmp_path / "log") in message
-    assert not shared_memory_of_this_process()
+    assert not shared_memory_left()
 
 
 @server
-def test_a_server_killed_while_loading_is_reported_with_the_signal(tmp_path: Path) -> None:
+def test_a_server_killed_while_loading_is_reported_with_the_signal(
+    tmp_path: Path, shared_memory_left: Callable[[], set[Path]]
+) -> None:
     gate = tmp_path / "gate"
     write_model(tmp_path / "repository", "echo", loads_after(gate))
     with TritonServer(tmp_path / "repository") as instance:
@@ -215,7 +237,7 @@ def test_a_server_killed_while_loading_is_reported_with_the_signal(tmp_path: Pat
 
         with pytest.raises(ServerError, match="was killed by SIGKILL while it was loading"):
             instance.wait_ready(timeout_s=60, on_progress=kill)
-    assert not shared_memory_of_this_process()
+    assert not shared_memory_left()
 
 
 @server

@@ -42,6 +42,7 @@ Progress = Callable[[float | None, str], None]
 
 LOAD_TIMEOUT_S = 300.0
 EXIT_TIMEOUT_S = 10
+_BEGIN_TIMEOUT_S = 5
 _POLL_INTERVAL_S = 0.05
 _DYING_S = 1.0
 _SHARED_MEMORY = Path("/dev/shm")
@@ -181,12 +182,12 @@ class TritonServer:
         started = threading.Event()
         # The kernel ties the server's life to the thread that starts it, so that thread does nothing else.
         self._owner = threading.Thread(target=self._own, args=(command, environment, started), daemon=True)
-        self._owner.start()
         try:
+            self._owner.start()
             started.wait()
         except BaseException:
-            # Who is interrupted in `with` has not entered it and so does not leave it.
-            started.wait()
+            # Who is interrupted in `with` has not entered it and so does not leave it. The thread may not have begun.
+            started.wait(_BEGIN_TIMEOUT_S)
             self.stop()
             raise
         self._running()
