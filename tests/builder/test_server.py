@@ -83,6 +83,23 @@ def test_an_interrupt_while_the_server_starts_leaves_no_process(
     assert process.returncode is not None
 
 
+@server
+def test_what_servers_of_killed_processes_left_in_shared_memory_is_removed(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        pass
+    left, used, strange = (
+        Path(f"/dev/shm/enginesmith-{name}") for name in (f"{ended.pid}-a-b", f"{os.getpid()}-a-b", "x-y-z")
+    )
+    try:
+        for segment in (left, used, strange):
+            segment.touch()
+        with TritonServer(tmp_path):
+            assert [segment.exists() for segment in (left, used, strange)] == [False, True, True]
+    finally:
+        for segment in (left, used, strange):
+            segment.unlink(missing_ok=True)
+
+
 def test_a_path_that_is_no_executable_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tritonserver").write_text("")
     with pytest.raises(ToolchainError, match="not executable"):

@@ -78,8 +78,9 @@ def test_rehearsal_whose_builder_was_killed_leaves_no_server_and_runs_again(proj
         build.await_child("--model-repository=")
         build.process.kill()
         build.process.wait()
-        build.assert_alone()
+        build.assert_no_process_left()
     assert project.build().assert_ok().built == {("rehearse", "bf16")}
+    build.assert_alone()
     assert project.leftovers() == []
 
 

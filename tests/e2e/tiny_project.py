@@ -250,10 +250,14 @@ class Running:
         out, err = self.process.communicate(timeout=_PATIENCE_S)
         return Finished(self.process.returncode, out, err)
 
-    def assert_alone(self) -> None:
-        """Nothing that it started is there any more."""
+    def assert_no_process_left(self) -> None:
+        """Nothing that it started runs any more."""
         _, alive = psutil.wait_procs(self.family(), timeout=30)
         assert not alive
+
+    def assert_alone(self) -> None:
+        """Nothing that it started runs any more, and no server of it has left anything in shared memory."""
+        self.assert_no_process_left()
         for pid in (self.pid, *self._family):
             assert not shared_memory_of(pid)
 

@@ -16,7 +16,6 @@ import contextlib
 import http.client
 import json
 import os
-import secrets
 import signal
 import subprocess
 import sys
@@ -34,6 +33,7 @@ from enginesmith.triton.installation import ServerInstallation, find_server
 from enginesmith.triton.ports import LOOPBACK, claim_ports
 from enginesmith.triton.response_cache import cache_arguments, cache_bytes_for
 from enginesmith.triton.server_log import LoadProgress, explain_reason, poll_failures, tail
+from enginesmith.triton.shared_memory import new_prefix, remove_segments, remove_segments_of_the_dead
 
 __all__ = ["ModelState", "Progress", "ServerInstallation", "TritonServer", "find_server", "serve_forever"]
 
@@ -45,7 +45,6 @@ EXIT_TIMEOUT_S = 10
 _BEGIN_TIMEOUT_S = 5
 _POLL_INTERVAL_S = 0.05
 _DYING_S = 1.0
-_SHARED_MEMORY = Path("/dev/shm")
 # Ends the server when the thread that started it ends, also when that is by kill -9. prctl belongs between fork
 # and exec, where Python code is unsafe in a process with threads; so a tiny program does it and becomes the server.
 _LAUNCHER = """
@@ -112,7 +111,7 @@ class TritonServer:
         self._log_path = log_path
         self._keep_log = log_path is not None
         self._extra_args = tuple(extra_args)
-        self._shared_memory_prefix = f"enginesmith-{os.getpid()}-{secrets.token_hex(4)}-"
+        self._shared_memory_prefix = new_prefix()
         self._process: subprocess.Popen[bytes] | None = None
         self._owner: threading.Thread | None = None
 
@@ -171,6 +170,7 @@ class TritonServer:
                 hint="publish a model into it first: enginesmith build --publish",
             )
         installation = self._installation or find_server()
+        remove_segments_of_the_dead()
         self._ports = claim_ports(self._wanted_ports)
         if self._log_path is None:
             descriptor, name = tempfile.mkstemp(prefix="tritonserver-", suffix=".log")
@@ -259,8 +259,7 @@ class TritonServer:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            for segment in _SHARED_MEMORY.glob(f"{self._shared_memory_prefix}*"):
-                segment.unlink(missing_ok=True)
+            remove_segments(self._shared_memory_prefix)
             self._process = None
             if not self._keep_log:
                 self.log_path.unlink(missing_ok=True)
