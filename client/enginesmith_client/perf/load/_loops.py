@@ -26,7 +26,7 @@ from enginesmith_client.perf._progress import OnProgress, Phase, Progress
 from enginesmith_client.perf._records import Record
 from enginesmith_client.perf._run_files import Window
 from enginesmith_client.perf.load._arrivals import due_times
-from enginesmith_client.perf.load._measured import SETTLE_NS, Ending, Measured
+from enginesmith_client.perf.load._measured import Ending, Measured
 from enginesmith_client.perf.load._prepared import Due, Prepared
 from enginesmith_client.perf.load._tally import Tally
 from enginesmith_client.perf.load._timer import Timer
@@ -363,8 +363,8 @@ async def _until_over(
 
 
 def _look_again_s(run: _Load) -> float:
-    """When to look at the load next: soon, and right after its phase can end."""
-    left_s = (run.measured.latest_ns + SETTLE_NS - run.now_ns()) / _NS
+    """When to look at the load next: soon, and right when its phase can end."""
+    left_s = (run.measured.decides_ns - run.now_ns()) / _NS
     return min(TICK_S, left_s) if left_s > 0 else TICK_S
 
 

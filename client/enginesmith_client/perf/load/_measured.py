@@ -56,6 +56,11 @@ class Measured:
             return self._windows.end_ns
         return self._start_ns + round(self._measure.warmup_s * _NS)
 
+    @property
+    def decides_ns(self) -> int:
+        """When ``advance`` may next have something to decide."""
+        return (self.latest_ns if self._windows is None else self._windows.next_end_ns) + SETTLE_NS
+
     def was_due(self, at_ns: int) -> Ending | None:
         """A request of an open loop is sent; the ending if it is the last one that is wanted."""
         if self._windows is None:

@@ -55,6 +55,11 @@ class Windows:
         self._looked_at = 0
         self._parts: dict[int, _Part] = {}
 
+    @property
+    def next_end_ns(self) -> int:
+        """When the window ends that was not looked at yet."""
+        return min(self.start_ns + (self._looked_at + 1) * self._length_ns, self.end_ns)
+
     def was_due(self, at_ns: int) -> None:
         """A request of an open loop."""
         if at_ns >= self.start_ns:
