@@ -113,6 +113,7 @@ _REHEARSAL_CODE = (
     "enginesmith.triton.rehearsal_report",
     "enginesmith.triton.server",
     "enginesmith.triton.server_log",
+    "enginesmith.triton.shared_memory",
     "enginesmith.triton.response_cache",
     "enginesmith.triton.installation",
     "enginesmith.triton.ports",
