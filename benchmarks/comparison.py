@@ -76,7 +76,7 @@ class Settings:
     round_s: float
 
 
-RECORD = Settings(comparisons=20, rounds=40, round_s=0.75)
+RECORD = Settings(comparisons=20, rounds=36, round_s=0.75)
 QUICK = Settings(comparisons=2, rounds=8, round_s=0.5)
 PROFILE = Profile.model_validate(
     {
