@@ -21,4 +21,4 @@ def _waits_for_its_only_instance(spec: Spec) -> bool:
     if not isinstance(spec, GraphSpec) or spec.serving.instances > 1:
         return False
     batching = spec.serving.dynamic_batching
-    return batching is not None and bool(batching.queue_policy.model_dump(exclude_defaults=True))
+    return batching is not None and batching.queue_policy.says_anything

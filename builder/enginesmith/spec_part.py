@@ -69,6 +69,11 @@ class QueuePolicy(Part):
         default=False, description="Requests may set a shorter timeout of their own."
     )
 
+    @property
+    def says_anything(self) -> bool:
+        """Whether it is not all defaults; only then Triton is given a policy."""
+        return bool(self.model_dump(exclude_defaults=True))
+
 
 class DynamicBatching(Part):
     """Triton's dynamic batcher."""

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from graph_project import write_graph_project
 from tiny_steps import KINDS, write_project
 
 from enginesmith import cli
@@ -146,18 +147,8 @@ def test_plan_warns_of_a_queue_policy_with_one_instance(
     warned: bool,
 ) -> None:
     monkeypatch.setenv("ENGINESMITH_STORE", str(tmp_path / "store"))
-    (tmp_path / "net.py").write_text("def make(): ...")
-    document = {
-        "name": "tiny",
-        "task": "tensors",
-        "source": {"module": "net.py:make"},
-        "inputs": [{"name": "image", "shape": ["batch", 3]}],
-        "outputs": ["scores"],
-        "variants": {"fp32": {"scheme": "none"}},
-        "serving": serving,
-    }
-    (tmp_path / "tiny.yaml").write_text(json.dumps(document))
-    status, _, err = _run(capsys, "plan", tmp_path / "tiny.yaml")
+    spec = write_graph_project(tmp_path, scheme="none", serving=serving)
+    status, _, err = _run(capsys, "plan", spec)
     assert status == 0
     assert ("warning: tiny: serving.dynamic_batching.queue_policy with serving.instances 1" in err) == warned
 

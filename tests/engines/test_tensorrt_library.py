@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import tensorrt_standin as standin
-import yaml
+from graph_project import write_graph_project
 from tensorrt_cases import compile_graph, tiny_graph
 
 from enginesmith.build import build
@@ -17,7 +17,7 @@ from enginesmith.engines.tensorrt.timing_cache import read_timing_cache
 from enginesmith.errors import ToolchainError
 from enginesmith.plan import make_plan
 from enginesmith.platforms import TRITON_IMAGES
-from enginesmith.spec_file import parse_spec
+from enginesmith.spec_file import load_spec
 from enginesmith.store import ArtifactStore
 
 H100 = "NVIDIA H100 80GB HBM3, 9.0, 81559, 610.43.02"
@@ -138,17 +138,8 @@ def test_damaged_timing_cache_costs_a_warning_and_no_build(
 @pytest.mark.usefixtures("no_programs")
 @pytest.mark.parametrize("toolchain", ["26.07", "25.10"])
 def test_build_is_refused_before_its_first_step(toolchain: str, tmp_path: Path) -> None:
-    (tmp_path / "net.py").write_text("def make(): raise AssertionError('nothing may run')")
-    document = {
-        "name": "tiny",
-        "task": "tensors",
-        "source": {"module": "net.py:make"},
-        "inputs": [{"name": "image", "shape": ["batch", 3]}],
-        "outputs": ["scores"],
-        "variants": {"fp16": {"scheme": "fp16"}},
-        "targets": [{"runtime": "tensorrt", "toolchain": toolchain, "gpu": "l4"}],
-    }
-    spec = parse_spec(yaml.safe_dump(document), origin="test", base_dir=tmp_path)
+    targets = [{"runtime": "tensorrt", "toolchain": toolchain, "gpu": "l4"}]
+    spec = load_spec(write_graph_project(tmp_path, scheme="fp16", targets=targets))
     store = ArtifactStore(tmp_path / "store")
     try:
         plan = make_plan(spec, store)

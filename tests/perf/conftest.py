@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import pytest
 from perf_models import LOADED, MODELS, PerfServer
@@ -37,8 +37,10 @@ def own_server(tmp_path: Path) -> Start:
         repository = tmp_path / "repository"
         for model in models:
             shutil.copytree(MODELS / model, repository / model)
-        control: Any = {"model_control": "explicit", "load_models": models} if clients_load else {}
-        with TritonServer(repository, **control) as running:
+        control: Literal["none", "explicit"] = "explicit" if clients_load else "none"
+        with TritonServer(
+            repository, model_control=control, load_models=models if clients_load else ()
+        ) as running:
             running.wait_ready()
             yield running
 

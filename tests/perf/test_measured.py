@@ -23,3 +23,9 @@ def test_a_window_that_agrees_ends_the_load_when_it_is_looked_at() -> None:
     measured.ended(MS, latency_ns=MS, ok=True)
     assert measured.advance(measured.decides_ns - 1, answered=1) is None
     assert measured.advance(measured.decides_ns, answered=1) is not None
+
+
+def test_the_windows_of_a_trace_decide_nothing() -> None:
+    trace = {"loop": "open", "arrivals": {"kind": "trace", "file": "trace.csv"}}
+    measured = Measured(profile(trace, window_s=2, windows=1, max_s=9), 0)
+    assert measured.decides_ns == 9000 * MS + SETTLE_NS

@@ -194,7 +194,7 @@ def _dynamic_batching(batching: DynamicBatching) -> pb.ModelDynamicBatching:
         preserve_ordering=batching.preserve_ordering,
     )
     policy = batching.queue_policy
-    if policy.model_dump(exclude_defaults=True):
+    if policy.says_anything:
         message.default_queue_policy.CopyFrom(
             pb.ModelQueuePolicy(
                 timeout_action=pb.ModelQueuePolicy.TimeoutAction.Value(policy.timeout_action),

@@ -59,7 +59,9 @@ class Measured:
     @property
     def decides_ns(self) -> int:
         """When ``advance`` may next have something to decide."""
-        return (self.latest_ns if self._windows is None else self._windows.next_end_ns) + SETTLE_NS
+        if self._windows is None or self._trace:
+            return self.latest_ns + SETTLE_NS
+        return self._windows.next_end_ns + SETTLE_NS
 
     def was_due(self, at_ns: int) -> Ending | None:
         """A request of an open loop is sent; the ending if it is the last one that is wanted."""
