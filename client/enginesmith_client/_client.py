@@ -214,7 +214,10 @@ class Client(TextMethods):
     def statistics(
         self, model: str, *, version: str = "", timeout_s: float | None = None
     ) -> tuple[ModelStatistics, ...]:
-        """Counts and durations since each version of the model was loaded; one entry per loaded version."""
+        """Counts and durations since each version of the model was loaded; one entry per loaded version.
+
+        Triton counts a request when its answer is on its way already: the last one may not be in yet.
+        """
         return run(self._calls.statistics(model, version=version, timeout_s=timeout_s))
 
     def load(

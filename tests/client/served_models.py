@@ -3,9 +3,12 @@
 import http.client
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
+T = TypeVar("T")
 MODELS = Path(__file__).parent / "models"
 LOADED = (
     "bls", "changing", "echo", "gated", "llm", "llmapi", "moods-text", "pair", "plain_llm", "raises", "relevance-text",
@@ -20,6 +23,16 @@ def await_content(file: Path, content: str, *, timeout_s: float = 20) -> None:
     while not file.exists() or file.read_text() != content:
         assert time.monotonic() < deadline_s, f"{file.name} never became {content!r}"
         time.sleep(0.002)
+
+
+def settled(read: Callable[[], T]) -> T:
+    """What ``read`` says once it says the same twice: Triton counts a request when its answer is on its way already."""
+    seen = read()
+    while True:
+        time.sleep(0.1)
+        before, seen = seen, read()
+        if seen == before:
+            return seen
 
 
 @dataclass(frozen=True)

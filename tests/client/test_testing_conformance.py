@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from served_models import RunningServer
+from served_models import RunningServer, settled
 
 from enginesmith_client import AsyncClient, Client, InvalidInput, TritonClientError
 from enginesmith_client.testing import FakeServer
@@ -213,10 +213,10 @@ def test_statistics_count_alike(real: Client, fake_server: FakeServer) -> None:
             (one,) = client.statistics("sentences-text")
             return one.inference_count, one.execution_count, one.success.count
 
-        before = now()
+        before = settled(now)
         client.infer("sentences-text", {"TEXT": np.array([["a"], ["b"]], np.object_)})
         client.infer("sentences-text", {"TEXT": np.array([["a"]], np.object_)})
-        return [after - then for after, then in zip(now(), before, strict=True)]
+        return [after - then for after, then in zip(settled(now), before, strict=True)]
 
     assert counts(fake_server.client()) == counts(real) == [3, 2, 2]
 

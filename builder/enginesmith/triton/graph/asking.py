@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,7 @@ from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 Array = npt.NDArray[Any]
 _REQUEST_TIMEOUT_S = 300.0
+_SETTLED_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,19 @@ class Asking:
         return metadata
 
     def statistics(self, model: str) -> Statistics:
-        """What the server counted for ``model`` since it was loaded."""
+        """What the server counted for ``model`` since it was loaded.
+
+        Triton counts a request when its answer is on its way already: returns when the counts stand still, which takes
+        as long as others ask.
+        """
+        seen = self._counted(model)
+        while True:
+            time.sleep(_SETTLED_S)
+            before, seen = seen, self._counted(model)
+            if seen == before:
+                return seen
+
+    def _counted(self, model: str) -> Statistics:
         counted = self._client.get_inference_statistics(model, as_json=True)["model_stats"][0]
         batches = [int(one["batch_size"]) for one in counted.get("batch_stats", ())]
         return Statistics(
