@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from enginesmith.triton.llmapi.rehearse import place_stand_in
@@ -44,14 +44,16 @@ def streamed(pieces: list[str], stops: tuple[str, ...] = ()) -> tuple[list[str],
     st.lists(st.text("ab\ufffd", max_size=3), max_size=8),
     st.lists(st.text("ab", min_size=1, max_size=3), max_size=2),
 )
-def test_the_pieces_joined_are_the_text_up_to_its_first_stop_string(
+@example(["ba", "a"], ["a", "baa"])
+def test_the_pieces_joined_are_the_text_up_to_the_stop_string_that_is_complete_first(
     pieces: list[str], stops: list[str]
 ) -> None:
     text = "".join(pieces)
     seen, found = streamed(pieces, tuple(stops))
-    places = [text.find(stop) for stop in stops if stop in text]
-    assert "".join(seen) == text[: min(places, default=len(text))]
-    assert (found is not None) == bool(places)
+    ends = [(text.find(stop) + len(stop), text.find(stop), stop) for stop in stops if stop in text]
+    _, place, stop = min(ends, default=(0, len(text), None))
+    assert "".join(seen) == text[:place]
+    assert found == stop
 
 
 def test_half_a_character_waits_for_its_other_half() -> None:

@@ -29,11 +29,12 @@ class TextStream:
         return self._advance(text)
 
     def cut(self, text: str) -> tuple[str, str | None]:
-        """``text`` up to the first stop string in it, and that stop string."""
-        found = [(text.find(stop), stop) for stop in self._stops if stop in text]
+        """``text`` up to the stop string that is complete first, and that stop string."""
+        # Not the one that begins first: the answer would depend on the pieces in which the text came.
+        found = [(place + len(stop), place, stop) for stop in self._stops if (place := text.find(stop)) >= 0]
         if not found:
             return text, None
-        place, stop = min(found)
+        _, place, stop = min(found)
         return text[:place], stop
 
     def _advance(self, text: str) -> str:
