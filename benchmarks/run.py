@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from figures import bar_cells, exit_status, print_table, say
-from machine import load_average, machine, versions
+from machine import StolenTime, load_average, machine, versions
 from releases import add_project_options
 
 HERE = Path(__file__).parent
@@ -58,7 +58,7 @@ def run_script(name: str, arguments: Sequence[str]) -> dict[str, Any] | None:
     """The result of one benchmark with what it was measured on; None when it failed, its message is on stderr."""
     load = load_average()
     say(f"== {name} (load average {load[0]:.2f})")
-    started, started_s = datetime.now(UTC), time.perf_counter()
+    started, started_s, stolen = datetime.now(UTC), time.perf_counter(), StolenTime()
     last = ""
     command = [sys.executable, str(HERE / f"{name}.py"), *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -75,6 +75,7 @@ def run_script(name: str, arguments: Sequence[str]) -> dict[str, Any] | None:
         "date": started.isoformat(timespec="seconds"),
         "duration_s": round(time.perf_counter() - started_s, 1),
         "load_average_before": load,
+        "stolen_cpu_share": round(stolen.share(), 4),
         "machine": machine(),
         "versions": versions() | outcome.pop("programs"),
     }
@@ -103,9 +104,11 @@ def _section(result: Mapping[str, Any]) -> str:
     host = result["machine"]
     flags = ", ".join(host["cpu_flags"])
     load = result["load_average_before"][0]
+    stolen = result.get("stolen_cpu_share")
     lines = [
         f"**{result['benchmark']}.py**, {result['date'][:10]}: {host['cores']} cores of {host['cpu']} ({flags}), "
-        f"{host['memory_bytes'] / 2**30:.0f} GiB, Linux {host['kernel']}, load average before {load:.2f}",
+        f"{host['memory_bytes'] / 2**30:.0f} GiB, Linux {host['kernel']}, load average before {load:.2f}"
+        + (f", {stolen:.1%} of the CPU time taken by the hypervisor" if stolen is not None else ""),
         "",
         "| bar | measured (median) | runs | limit | verdict |",
         "|---|---:|---:|---:|---|",
