@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 
-import psutil
-
-from enginesmith_client.perf.observe import _machine
+from enginesmith_client.perf.observe import _machine, _processes
 
 _DISTRIBUTIONS = (
     "enginesmith",
@@ -21,6 +19,7 @@ _DISTRIBUTIONS = (
 )
 
 machine = _machine.machine
+machine_cpu_s = _processes.machine_cpu_s
 
 
 def versions() -> dict[str, str]:
@@ -28,21 +27,10 @@ def versions() -> dict[str, str]:
     return _machine.versions(_DISTRIBUTIONS)
 
 
-class StolenTime:
-    """Counts the CPU time that the hypervisor gave to other machines while this one wanted it, from now on."""
-
-    def __init__(self) -> None:
-        self._before = psutil.cpu_times()
-
-    def share(self) -> float:
-        """Of all CPU time since, 0 to 1; 0 where the system does not say."""
-        now = psutil.cpu_times()
-        passed = sum(now[:8]) - sum(self._before[:8])  # The rest of the fields are parts of these.
-        return (
-            float((getattr(now, "steal", 0.0) - getattr(self._before, "steal", 0.0)) / passed)
-            if passed
-            else 0.0
-        )
+def stolen_share(before: tuple[float, float, float]) -> float:
+    """What the hypervisor gave to other machines of all CPU time since ``machine_cpu_s`` said ``before``, 0 to 1."""
+    _, total_s, stolen_s = machine_cpu_s()
+    return (stolen_s - before[2]) / (total_s - before[1])
 
 
 def load_average() -> tuple[float, float, float]:

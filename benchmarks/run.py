@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from figures import bar_cells, exit_status, print_table, say
-from machine import StolenTime, load_average, machine, versions
+from machine import load_average, machine, machine_cpu_s, stolen_share, versions
 from releases import add_project_options
 
 HERE = Path(__file__).parent
@@ -58,7 +58,7 @@ def run_script(name: str, arguments: Sequence[str]) -> dict[str, Any] | None:
     """The result of one benchmark with what it was measured on; None when it failed, its message is on stderr."""
     load = load_average()
     say(f"== {name} (load average {load[0]:.2f})")
-    started, started_s, stolen = datetime.now(UTC), time.perf_counter(), StolenTime()
+    started, started_s, cpu_s = datetime.now(UTC), time.perf_counter(), machine_cpu_s()
     last = ""
     command = [sys.executable, str(HERE / f"{name}.py"), *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -75,7 +75,7 @@ def run_script(name: str, arguments: Sequence[str]) -> dict[str, Any] | None:
         "date": started.isoformat(timespec="seconds"),
         "duration_s": round(time.perf_counter() - started_s, 1),
         "load_average_before": load,
-        "stolen_cpu_share": round(stolen.share(), 4),
+        "stolen_cpu_share": round(stolen_share(cpu_s), 4),
         "machine": machine(),
         "versions": versions() | outcome.pop("programs"),
     }
